@@ -1,0 +1,1 @@
+"""Workspaces: desired and observed state, what drives one to the other."""
