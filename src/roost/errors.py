@@ -325,6 +325,13 @@ class ContainerNotFound(NotFound):
     code, title = "container.not_found", "No such container"
 
 
+class ContainerCrashed(Failed):
+    """PID 1 of a workspace ended by itself."""
+
+    code, title = "container.crashed", "The container ended by itself"
+    next_step = "`roost logs NAME --previous` has its last words; roost starts it again by itself."
+
+
 class VolumeNotFound(NotFound):
     """The runtime has no such volume."""
 
@@ -401,6 +408,13 @@ class InvalidRepository(Usage):
 
     code, title = "repo.invalid", "Not a repository"
     next_step = "Give a git URL (https, ssh), a local git repository, or the name of a workspace."
+
+
+class RepoNotTrusted(Refused):
+    """The local repository belongs to another user; git refuses to read it."""
+
+    code, title = "repo.not_trusted", "The repository belongs to another user"
+    next_step = "If you trust it: git config --global --add safe.directory PATH"
 
 
 class ProtocolNotAllowed(Refused):

@@ -1,0 +1,1 @@
+"""Outgoing connections: which addresses roost may speak to on behalf of users."""
