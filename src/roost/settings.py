@@ -114,8 +114,6 @@ class WorkspaceSettings(Section):
     """Days a deleted workspace's HOME can be had back by `roost undelete`."""
     log_keep_days: float = Field(default=7.0, ge=0)
     """Days the logs of earlier starts are kept."""
-    start_timeout_s: float = Field(default=900.0, gt=0)
-    """Seconds one attempt at a start may take, pull and clone aside."""
 
 
 class RepoSettings(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Database:
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine.sync_engine, "connect", _pragmas)
         self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
+        # SQLite knows no SELECT … FOR UPDATE: within the one process that may open it, a lock makes read-then-write whole.
+        self._writing = asyncio.Lock() if self.engine.dialect.name == "sqlite" else nullcontext()
 
     async def migrate(self) -> None:
         """Bring the schema to HEAD; does nothing when it is there."""
@@ -63,9 +65,15 @@ class Database:
             return str(row[0]) if row else None
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncSession]:
-        """A session whose work is committed at the end, or not at all."""
-        async with self._sessions() as session, session.begin():
+    async def reading(self) -> AsyncIterator[AsyncSession]:
+        """A session for queries."""
+        async with self._sessions() as session:
+            yield session
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncSession]:
+        """A session whose reads and writes are one transaction: committed at the end, or not at all."""
+        async with self._writing, self._sessions() as session, session.begin():
             yield session
 
     async def close(self) -> None:

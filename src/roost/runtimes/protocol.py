@@ -255,8 +255,11 @@ class Runtime(Protocol):
 
     # volumes
 
-    async def create_volume(self, name: VolumeName, limit_bytes: int, labels: Mapping[str, str]) -> None:
-        """Make an empty volume, or adjust the limit of the one that is there. Raises PoolFull, HostDiskFull."""
+    async def create_volume(self, name: VolumeName, limit_bytes: int, labels: Mapping[str, str]) -> bool:
+        """Make an empty volume (True), or adjust the limit of the one that is there (False).
+
+        Raises PoolFull, HostDiskFull.
+        """
 
     async def volumes(self) -> list[VolumeInfo]:
         """All volumes of ours, the trashed ones too."""

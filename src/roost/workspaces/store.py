@@ -71,7 +71,7 @@ class WorkspaceStore:
         )
         event = EventRow(workspace_id=row.id, at=now, kind="note", start=1, detail="created")
         try:
-            async with self._db.transaction() as session:
+            async with self._db.writing() as session:
                 session.add(row)
                 await session.flush()
                 session.add(event)
@@ -81,7 +81,7 @@ class WorkspaceStore:
 
     async def get(self, name: str) -> WorkspaceRow:
         """The live workspace of that name. Raises WorkspaceNotFound."""
-        async with self._db.transaction() as session:
+        async with self._db.reading() as session:
             row = await session.scalar(
                 select(WorkspaceRow).where(WorkspaceRow.live_name == name, WorkspaceRow.tenant == self._tenant)
             )
@@ -97,7 +97,7 @@ class WorkspaceStore:
             return await self._trashed(name)
 
     async def _trashed(self, name: str) -> WorkspaceRow:
-        async with self._db.transaction() as session:
+        async with self._db.reading() as session:
             row = await session.scalar(
                 select(WorkspaceRow)
                 .where(
@@ -114,20 +114,20 @@ class WorkspaceStore:
 
     async def by_id(self, workspace: str) -> WorkspaceRow:
         """Any workspace, the deleted ones too. Raises WorkspaceNotFound."""
-        async with self._db.transaction() as session:
+        async with self._db.reading() as session:
             row = await session.get(WorkspaceRow, workspace)
         if row is None:
             raise WorkspaceNotFound(f"there is no workspace with the id {workspace!r}")
         return row
 
-    async def list(self, *, deleted: bool = False) -> Sequence[WorkspaceRow]:
+    async def all(self, *, deleted: bool = False) -> Sequence[WorkspaceRow]:
         """The live workspaces by name; with `deleted`, those in the trash after them."""
         query = select(WorkspaceRow).where(WorkspaceRow.tenant == self._tenant)
         if deleted:
             query = query.where(WorkspaceRow.purged_at.is_(None))
         else:
             query = query.where(WorkspaceRow.live_name.is_not(None))
-        async with self._db.transaction() as session:
+        async with self._db.reading() as session:
             rows = (await session.scalars(query)).all()
         return sorted(rows, key=lambda row: (row.live_name is None, row.name, row.created_at))
 
@@ -167,14 +167,14 @@ class WorkspaceStore:
 
     async def retry_due(self) -> list[Change]:
         """Start again what waited long enough, destroy what lay in the trash long enough."""
-        async with self._db.transaction() as session:
+        async with self._db.reading() as session:
             due = await session.scalars(select(WorkspaceRow.id).where(WorkspaceRow.retry_at <= utc_now()))
             ids = list(due)
         return [await self._change(found, decide.retry) for found in ids]
 
     async def purge_due(self, trash: timedelta) -> list[Change]:
         """Want the HOMEs destroyed that lay in the trash for the whole period."""
-        async with self._db.transaction() as session:
+        async with self._db.reading() as session:
             due = await session.scalars(
                 select(WorkspaceRow.id).where(
                     WorkspaceRow.desired == Desired.deleted.value, WorkspaceRow.deleted_at <= utc_now() - trash
@@ -185,7 +185,7 @@ class WorkspaceStore:
 
     async def next_retry(self) -> datetime | None:
         """When the next retry is due."""
-        async with self._db.transaction() as session:
+        async with self._db.reading() as session:
             found: datetime | None = await session.scalar(
                 select(WorkspaceRow.retry_at)
                 .where(WorkspaceRow.retry_at.is_not(None))
@@ -196,7 +196,7 @@ class WorkspaceStore:
 
     async def assignments(self) -> list[Assignment]:
         """What is wanted of everything that is not destroyed, for a node that has just connected."""
-        async with self._db.transaction() as session:
+        async with self._db.reading() as session:
             rows = await session.scalars(
                 select(WorkspaceRow).where(WorkspaceRow.purged_at.is_(None), WorkspaceRow.retry_at.is_(None))
             )
@@ -213,11 +213,11 @@ class WorkspaceStore:
         )
         if workspace is not None:
             query = query.where(EventRow.workspace_id == workspace)
-        async with self._db.transaction() as session:
+        async with self._db.reading() as session:
             return [(event, name) for event, name in (await session.execute(query)).all()]
 
     async def _change(self, workspace: str, act: Callable[[WorkspaceRow, datetime], list[EventRow]]) -> Change:
-        async with self._db.transaction() as session:
+        async with self._db.writing() as session:
             row = await session.get(WorkspaceRow, workspace, with_for_update=True)
             if row is None:
                 raise WorkspaceNotFound(f"there is no workspace with the id {workspace!r}")

@@ -1,0 +1,161 @@
+"""The server's end of the nodes' connections.
+
+A node dials the server and keeps one websocket: assignments and calls go down, reports and answers come up.  A stream
+(exec, logs) is a second websocket that the node dials when it is told the stream's one-use id; so each stream has the
+transport's own flow control, and none can hold up another or the control connection.
+See docs/decisions/0002-node-connection.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from fastapi import WebSocket, WebSocketDisconnect
+
+from roost.errors import NodeUnreachable, TimedOut, from_problem
+from roost.workspaces.model import Assignment, Report
+
+log = structlog.get_logger()
+
+CALL_TIMEOUT_S = 30.0
+DIAL_TIMEOUT_S = 10.0
+
+
+@dataclass
+class _Stream:
+    dialled: asyncio.Future[WebSocket]
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class NodeConnection:
+    """One connected node."""
+
+    def __init__(self, socket: WebSocket, hello: dict[str, Any]) -> None:
+        self.name = str(hello.get("node", "local"))
+        self.hello = hello
+        self.status: dict[str, Any] = {}
+        self._socket = socket
+        self._ids = itertools.count(1)
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._sending = asyncio.Lock()
+
+    async def send(self, message: dict[str, Any]) -> None:
+        try:
+            async with self._sending:
+                await self._socket.send_text(json.dumps(message))
+        except (WebSocketDisconnect, RuntimeError) as error:
+            raise NodeUnreachable(f"the connection to node {self.name} broke") from error
+
+    async def assign(self, assignment: Assignment) -> None:
+        await self.send({"type": "assign", "assignment": assignment.model_dump(mode="json")})
+
+    async def call(self, method: str, params: dict[str, Any], timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """Ask the node for something and wait for its answer. Raises the node's error, NodeUnreachable, TimedOut."""
+        number = next(self._ids)
+        answer = self._calls[number] = asyncio.get_running_loop().create_future()
+        try:
+            await self.send({"type": "call", "id": number, "method": method, "params": params})
+            async with asyncio.timeout(timeout_s):
+                return await answer
+        except TimeoutError as error:
+            raise TimedOut(f"node {self.name} did not answer {method} within {timeout_s:g} s") from error
+        finally:
+            del self._calls[number]
+
+    def answered(self, message: dict[str, Any]) -> None:
+        future = self._calls.get(int(message.get("id", 0)))
+        if future is None or future.done():
+            return
+        if message.get("error"):
+            future.set_exception(from_problem(message["error"]))
+        else:
+            future.set_result(message.get("result"))
+
+    def gone(self) -> None:
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(NodeUnreachable(f"the connection to node {self.name} broke"))
+
+
+class Nodes:
+    """The nodes that are connected now.  One today, named `local`; placement asks here."""
+
+    def __init__(self) -> None:
+        self._connections: dict[str, NodeConnection] = {}
+        self._streams: dict[str, _Stream] = {}
+
+    def all(self) -> list[NodeConnection]:
+        return list(self._connections.values())
+
+    def any(self) -> NodeConnection:
+        """The node for a workspace. Raises NodeUnreachable."""
+        for connection in self._connections.values():
+            return connection
+        raise NodeUnreachable("no node is connected")
+
+    async def serve(
+        self,
+        socket: WebSocket,
+        connected: Callable[[NodeConnection], Awaitable[None]],
+        reported: Callable[[Report], Awaitable[None]],
+    ) -> None:
+        """Run one node's control connection until it ends."""
+        hello = json.loads(await socket.receive_text())
+        connection = NodeConnection(socket, hello)
+        self._connections[connection.name] = connection
+        log.info("node connected", node=connection.name, version=hello.get("version"))
+        try:
+            await connected(connection)
+            while True:
+                message = json.loads(await socket.receive_text())
+                match message.get("type"):
+                    case "report":
+                        report = Report.model_validate(message["report"])
+                        await reported(report)
+                        await connection.send({"type": "ack", "seq": report.seq})
+                    case "answer":
+                        connection.answered(message)
+                    case "status":
+                        connection.status = message.get("status", {})
+                    case other:
+                        log.warning("node says something unknown", node=connection.name, type=other)
+        except (WebSocketDisconnect, NodeUnreachable):
+            log.info("node disconnected", node=connection.name)
+        finally:
+            connection.gone()
+            if self._connections.get(connection.name) is connection:
+                del self._connections[connection.name]
+
+    @asynccontextmanager
+    async def stream(self, kind: str, params: dict[str, Any]) -> AsyncIterator[WebSocket]:
+        """Have the node dial a stream for us. Raises NodeUnreachable, TimedOut."""
+        node, ident = self.any(), secrets.token_urlsafe(24)
+        entry = self._streams[ident] = _Stream(asyncio.get_running_loop().create_future())
+        try:
+            await node.send({"type": "dial", "stream": ident, "kind": kind, "params": params})
+            async with asyncio.timeout(DIAL_TIMEOUT_S):
+                socket = await entry.dialled
+            yield socket
+        except TimeoutError as error:
+            raise TimedOut(f"node {node.name} did not open the {kind} stream within {DIAL_TIMEOUT_S:g} s") from error
+        finally:
+            self._streams.pop(ident, None)
+            entry.over.set()
+
+    async def dialled(self, ident: str, socket: WebSocket) -> bool:
+        """A node dialled a stream: hand it over and hold it until it is over. False: nobody waits for it."""
+        entry = self._streams.pop(ident, None)
+        if entry is None or entry.dialled.done():
+            return False
+        await socket.accept()
+        entry.dialled.set_result(socket)
+        await entry.over.wait()
+        return True

@@ -1,0 +1,138 @@
+"""What the server does with workspaces: takes requests, decides, hands assignments to the node, takes in reports."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta
+from typing import Any
+
+import structlog
+
+from roost.db.tables import WorkspaceRow
+from roost.errors import NodeUnreachable, Superseded, TimedOut, WorkspaceNotFound
+from roost.server.bus import Bus, News
+from roost.server.nodes import NodeConnection, Nodes
+from roost.server.uploads import Uploads
+from roost.workspaces import decide
+from roost.workspaces.model import Desired, Facts, Report, WorkspaceSpec
+from roost.workspaces.store import Change, WorkspaceStore, assignment, event_json, utc_now
+
+log = structlog.get_logger()
+
+PURGE_EVERY_S = 600.0
+
+
+class WorkspaceService:
+    """The verbs of the API on workspaces; keeps the node told and the waiting informed."""
+
+    def __init__(self, store: WorkspaceStore, nodes: Nodes, bus: Bus, uploads: Uploads, trash: timedelta) -> None:
+        self.store = store
+        self.nodes = nodes
+        self.bus = bus
+        self.uploads = uploads
+        self.trash = trash
+        self._due = asyncio.Event()
+
+    async def create(self, spec: WorkspaceSpec) -> WorkspaceRow:
+        if spec.repo is not None and spec.repo.upload is not None:
+            self.uploads.check(spec.repo.upload)
+        return await self._tell(await self.store.create(spec))
+
+    async def request(self, name: str, desired: Desired, *, anew: bool = False) -> WorkspaceRow:
+        return await self._tell(await self.store.request(name, desired, anew=anew))
+
+    async def undelete(self, name: str) -> WorkspaceRow:
+        return await self._tell(await self.store.undelete(name))
+
+    async def settled(self, name: str, generation: int, timeout_s: float) -> WorkspaceRow:
+        """Wait until what was wanted at `generation` has come about, or failed.
+
+        Raises Superseded when something else is wanted meanwhile, TimedOut, WorkspaceNotFound.
+        """
+        row = await self.store.latest(name)
+        desired = row.desired
+        with self.bus.subscribe() as news:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    while True:
+                        row = await self.store.by_id(row.id)
+                        if row.generation > generation and row.desired != desired:
+                            raise Superseded(f"{name!r} is wanted {row.desired} now")
+                        if row.generation >= generation and decide.settled(row):
+                            return row
+                        while (item := await news.get()) is not None and item.workspace != row.id:
+                            pass
+            except TimeoutError as error:
+                raise TimedOut(
+                    f"{name!r} is {row.observed} after {timeout_s:g} s", next_step=f"`roost show {name}` says more."
+                ) from error
+
+    async def on_node(self, node: NodeConnection) -> None:
+        """A node connected: tell it everything that is wanted."""
+        for wanted in await self.store.assignments():
+            await node.assign(wanted)
+
+    async def on_report(self, report: Report) -> None:
+        """Take in what a node saw."""
+        try:
+            change = await self.store.apply(report)
+        except WorkspaceNotFound:
+            log.warning("report about a workspace that is not known", workspace=report.workspace)
+            return
+        if report.step is not None and report.step.status == "running":
+            self._announce_step(change.row, report)
+        facts = Facts.model_validate(change.row.facts)
+        spec = WorkspaceSpec.model_validate(change.row.spec)
+        if spec.repo is not None and spec.repo.upload is not None and facts.repo_path is not None:
+            self.uploads.drop(spec.repo.upload)
+        self._publish(change)
+        if change.row.retry_at is not None:
+            self._due.set()
+
+    async def run(self) -> None:
+        """Start again what is due, destroy what lay in the trash long enough; runs until cancelled."""
+        last_purge = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            self._due.clear()
+            for change in await self.store.retry_due():
+                await self._tell(change)
+            if loop.time() - last_purge > PURGE_EVERY_S or last_purge == 0.0:
+                last_purge = loop.time()
+                for change in await self.store.purge_due(self.trash):
+                    await self._tell(change)
+                await asyncio.to_thread(self.uploads.sweep)
+            await self._sleep(await self.store.next_retry())
+
+    async def _sleep(self, until: datetime | None) -> None:
+        delay = PURGE_EVERY_S if until is None else max(0.0, (until - utc_now()).total_seconds())
+        try:
+            async with asyncio.timeout(min(delay + 0.005, PURGE_EVERY_S)):
+                await self._due.wait()
+        except TimeoutError:
+            return
+
+    async def _tell(self, change: Change) -> WorkspaceRow:
+        """After a change of what is wanted: the node first, then the listeners."""
+        try:
+            await self.nodes.any().assign(assignment(change.row))
+        except NodeUnreachable:
+            log.warning("no node is connected; told when it is", workspace=change.row.id)
+        self._publish(change)
+        return change.row
+
+    def _publish(self, change: Change) -> None:
+        for event in change.events:
+            self.bus.publish(News(change.row.id, event_json(event, change.row.name)))
+        if not change.events:
+            self.bus.publish(News(change.row.id, {}))
+
+    def _announce_step(self, row: WorkspaceRow, report: Report) -> None:
+        step = report.step
+        assert step is not None
+        when = datetime.fromtimestamp(step.at, tz=row.created_at.tzinfo).isoformat()
+        event: dict[str, Any] = {
+            "id": None, "workspace": row.id, "name": row.name, "at": when, "kind": "step", "start": report.start,
+            "from": None, "to": None, "step": step.step, "status": step.status, "ms": None, "detail": "", "error": None,
+        }  # fmt: skip
+        self.bus.publish(News(row.id, event))
