@@ -11,13 +11,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from roost.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 HEAD = "0001"
@@ -54,7 +57,7 @@ class Database:
         if await self._revision() == HEAD:
             return
         url = self.engine.url.render_as_string(hide_password=False)
-        await asyncio.to_thread(run_migrations, url, "head")
+        await asyncio.to_thread(upgrade, url)
 
     async def _revision(self) -> str | None:
         async with self.engine.connect() as connection:
@@ -80,15 +83,24 @@ class Database:
         await self.engine.dispose()
 
 
-def run_migrations(url: str, revision: str) -> None:
-    """Upgrade or downgrade with Alembic (synchronous; call in a thread)."""
+def upgrade(url: str) -> None:
+    """Bring a database to HEAD with Alembic (synchronous; call in a thread)."""
     from alembic import command
+
+    command.upgrade(_alembic(url), "head")
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Take a database back to a revision, `base` for nothing (synchronous; call in a thread)."""
+    from alembic import command
+
+    command.downgrade(_alembic(url), revision)
+
+
+def _alembic(url: str) -> Config:
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["url"] = url
-    if revision == "head" or revision > HEAD:
-        command.upgrade(config, "head")
-    else:
-        command.downgrade(config, revision)
+    return config
