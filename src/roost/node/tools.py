@@ -64,14 +64,15 @@ hang_up() {
 
 stop() {
   trap '' TERM INT
-  kill "$sleeper" 2>/dev/null
+  exec 2>/dev/null
+  kill "$sleeper"
   wait "$sleeper"
   if left; then
-    kill -TERM -1 2>/dev/null
-    hang_up 2>/dev/null
+    kill -TERM -1
+    hang_up
     tries=0
-    while [ "$tries" -lt 160 ] && left; do
-      sleep 0.05
+    while [ "$tries" -lt 180 ] && left; do
+      if [ "$tries" -lt 20 ]; then sleep 0.01; else sleep 0.05; fi
       tries=$((tries + 1))
     done
   fi
