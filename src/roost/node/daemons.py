@@ -11,7 +11,8 @@ neither twice nor lost.  What holds that:
   environment.  Its own children (containerd's shims) inherit the environment, so the command line must be the same too.
 - Who is found with another fingerprint (an upgrade, a changed setting) is stopped and started anew.
 
-Zombies: a daemon is our child until we die; whoever notices its end calls `_reap`.
+Zombies: a daemon is the child of the process that started it, whichever object there knows it now; whoever notices an
+end calls `_reap`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What a daemon may need of our environment: the way out to registries. Everything else, ROOST_… first, stays here.
 _KEPT = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "TZ")
 _NOFILE = 1 << 20
+
+# Those this process started and has not seen end; a fact of the process, so it is global.
+_children: list[subprocess.Popen[bytes]] = []
 
 Ready = Callable[[], Awaitable[bool]]
 
@@ -78,7 +82,6 @@ class Daemon:
         self.spec = spec
         self.process: ProcessId | None = None
         self.adopted = False
-        self._child: subprocess.Popen[bytes] | None = None
 
     # finding
 
@@ -133,7 +136,7 @@ class Daemon:
             except (RoostError, TimeoutError) as error:
                 last = f": {error}"
             if not self.process.alive():
-                self._reap()
+                _reap()
                 raise self._failed(f"{self.spec.name} ended while it started")
             if time.monotonic() > deadline:
                 raise self._failed(f"{self.spec.name} is not ready after {timeout_s:g} s{last}")
@@ -145,7 +148,7 @@ class Daemon:
         entry = await asyncio.to_thread(self.find)
         if entry is not None:
             await self._end(entry.process, grace_s)
-        self._reap()
+        _reap()
         self.spec.pidfile.unlink(missing_ok=True)
         self.process, self.adopted = None, False
 
@@ -156,13 +159,13 @@ class Daemon:
             process.signal(signal.SIGKILL)
             if not await self._gone(process, 10.0):
                 raise self._failed(f"{self.spec.name} (pid {process.pid}) does not die")
-        self._reap()
+        _reap()
 
     async def watch(self) -> None:
         """Return when the daemon has died. Not started: at once."""
         if self.process is not None:
             await self._gone(self.process, None)
-            self._reap()
+            _reap()
 
     # inner
 
@@ -208,7 +211,7 @@ class Daemon:
             except OSError as error:
                 raise ProcessFailed(f"{spec.name}: {spec.argv[0]}: {error.strerror}") from error
         faults.point("daemon.spawned")
-        self._child = child
+        _children.append(child)
         process = ProcessId.of(child.pid)
         if process is None:
             child.wait()
@@ -221,10 +224,6 @@ class Daemon:
         self.spec.pidfile.parent.mkdir(parents=True, exist_ok=True)
         write_pidfile(self.spec.pidfile, entry)
 
-    def _reap(self) -> None:
-        if self._child is not None and self._child.poll() is not None:
-            self._child = None
-
     def _failed(self, message: str) -> ProcessFailed:
         tail = log_tail(self.spec.logfile)
         return ProcessFailed(
@@ -232,6 +231,10 @@ class Daemon:
             next_step=f"Its log is {self.spec.logfile}.",
             details={"daemon": self.spec.name, "log": str(self.spec.logfile)},
         )
+
+
+def _reap() -> None:
+    _children[:] = [child for child in _children if child.poll() is None]
 
 
 def raise_open_files() -> None:
