@@ -71,9 +71,9 @@ def _read(path: Path) -> str:
 def _tree(folder: Path) -> Iterator[Path]:
     """A group's directory and all below it, the deepest first."""
     with suppress(OSError):
-        for entry in os.scandir(folder):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _tree(Path(entry.path))
+        for entry in list(folder.iterdir()):
+            if entry.is_dir():
+                yield from _tree(entry)
     yield folder
 
 

@@ -127,9 +127,13 @@ def _strings(pid: int, name: str) -> tuple[str, ...]:
 
 def all_processes() -> Iterator[ProcessId]:
     """Every process of this pid namespace, zombies aside, in no order."""
-    for entry in os.scandir(PROC):
-        if entry.name.isdecimal() and (process := ProcessId.of(int(entry.name))) is not None:
+    for pid in _pids():
+        if (process := ProcessId.of(pid)) is not None:
             yield process
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal()]
 
 
 # --- pid files ----------------------------------------------------------------------------------------------------
@@ -211,12 +215,10 @@ def listener(port: int) -> Listener | None:
 
 def _socket_owner(inode: int) -> int | None:
     wanted = f"socket:[{inode}]"
-    for entry in os.scandir(PROC):
-        if not entry.name.isdecimal():
-            continue
+    for pid in _pids():
         with suppress(OSError):
-            for descriptor in os.scandir(f"{entry.path}/fd"):
+            for descriptor in list((PROC / str(pid) / "fd").iterdir()):
                 with suppress(OSError):
-                    if os.readlink(descriptor.path) == wanted:
-                        return int(entry.name)
+                    if os.readlink(descriptor) == wanted:
+                        return pid
     return None
