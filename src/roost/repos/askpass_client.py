@@ -12,7 +12,7 @@ import sys
 
 def main() -> int:
     here = os.path.dirname(os.path.abspath(sys.argv[0]))  # noqa: PTH100, PTH120 - pathlib costs 15 ms to import
-    with open(os.path.join(here, "nonce"), encoding="ascii") as file:  # noqa: PTH118, PTH123
+    with open(os.path.join(here, "nonce"), encoding="ascii") as file:  # noqa: PTH118
         nonce = file.read()
     # A unix address has 108 bytes; by way of an open directory any depth will do.
     directory = os.open(here, os.O_PATH | os.O_DIRECTORY)
