@@ -27,11 +27,13 @@ _NAME_MAX = 255
 
 _VOL_ARGS = struct.Struct("=q4088s")
 _SUBVOL_CREATE = iow(0x94, 14, 4096)
-_SNAP_DESTROY = iow(0x94, 15, 4096)
+_SNAP_DESTROY_V2 = iow(0x94, 63, 4096)
+_TREE_SEARCH = iowr(0x94, 17, 4096)
 _RESIZE = iow(0x94, 3, 4096)
 _INO_LOOKUP = iowr(0x94, 18, 4096)
 _DEV_INFO = iowr(0x94, 30, 4096)
 _FS_INFO = ior(0x94, 31, 1024)
+_BALANCE_V2 = iowr(0x94, 32, 1024)
 _QUOTA_CTL = iowr(0x94, 40, 16)
 _QGROUP_ASSIGN = iow(0x94, 41, 24)
 _QGROUP_CREATE = iow(0x94, 42, 16)
@@ -40,6 +42,10 @@ _QGROUP_LIMIT = ior(0x94, 43, 48)
 _ENABLE_SIMPLE = 4
 _LIMIT_MAX_RFER = 1
 _NO_LIMIT = (1 << 64) - 1
+_ROOT_REF = 156
+_BALANCE_DATA = 1
+_BALANCE_ARGS_USAGE = 2
+_SPEC_BY_ID = 1 << 4
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,43 @@ def create_subvolume(parent_fd: int, name: str) -> None:
     ioctl(parent_fd, _SUBVOL_CREATE, _vol_args(name))
 
 
-def delete_subvolume(parent_fd: int, name: str) -> None:
-    """Unlink a subvolume with all it holds; its space comes back later, in the background.
+def _children(fs_fd: int, subvolume: int) -> list[int]:
+    """Ids of the subvolumes directly inside one, from the ROOT_REF items of the root tree."""
+    found: list[int] = []
+    start = 0
+    while True:
+        # struct btrfs_ioctl_search_key: tree; objectid, offset, transid each min and max; type min and max; nr_items
+        key = struct.pack(
+            "=7Q4I4Q", 1, subvolume, subvolume, start, _NO_LIMIT, 0, _NO_LIMIT, _ROOT_REF, _ROOT_REF, 64, 0, 0, 0, 0, 0
+        )
+        buffer = ctypes.create_string_buffer(key, 4096)
+        ioctl(fs_fd, _TREE_SEARCH, buffer)
+        raw = buffer.raw
+        items = int(struct.unpack_from("=I", raw, 64)[0])
+        if items == 0:
+            return found
+        position = len(key)
+        for _ in range(items):
+            _transid, objectid, offset, kind, length = struct.unpack_from("=3Q2I", raw, position)
+            position += 32 + length
+            if (objectid, kind) == (subvolume, _ROOT_REF):
+                found.append(offset)
+            start = offset + 1
 
-    ENOTEMPTY: it has subvolumes inside. EPERM: it is in use as the default one. Busy mounts do not hinder it.
+
+def delete_subvolume_tree(fs_fd: int, subvolume: int) -> None:
+    """Unlink a subvolume (its id) with all it holds and all subvolumes inside it, whoever made them, innermost first.
+
+    By id (Linux 5.7), so no path that somebody else can change is walked.  The space comes back later, in the
+    background.  EDQUOT if it has subvolumes and is at its limit: lift the limit first.
     """
-    ioctl(parent_fd, _SNAP_DESTROY, _vol_args(name))
+    order = [subvolume]
+    for parent in order:
+        order.extend(_children(fs_fd, parent))
+    for child in reversed(order):
+        # struct btrfs_ioctl_vol_args_v2: fd, transid, flags, unused[4], subvolid
+        raw = struct.pack("=8Q", 0, 0, _SPEC_BY_ID, 0, 0, 0, 0, child)
+        ioctl(fs_fd, _SNAP_DESTROY_V2, ctypes.create_string_buffer(raw, 4096))
 
 
 def is_subvolume(path: str | os.PathLike[str]) -> bool:
@@ -115,6 +152,44 @@ def device_bytes(fd: int, devid: int = 1) -> int:
 def resize(fd: int, size: int | None = None) -> None:
     """Give the file system this size of its device, None: all of it. Shrinking moves data; ENOSPC: it does not fit."""
     ioctl(fd, _RESIZE, _vol_args("max" if size is None else str(size)))
+
+
+def compact(fd: int, usage_percent: int = 50) -> None:
+    """Move the data of chunks that are less full than this into others and free them; blocks until done.
+
+    ENOSPC: no room to move to; EINPROGRESS: somebody else balances.
+    """
+    # struct btrfs_ioctl_balance_args: flags, state, then data, meta, sys of 136 bytes (usage is the second word, flags
+    # the ninth), progress, unused
+    data = struct.pack("=17Q", 0, usage_percent, *[0] * 6, _BALANCE_ARGS_USAGE, *[0] * 8)
+    raw = struct.pack("=2Q", _BALANCE_DATA, 0) + data
+    ioctl(fd, _BALANCE_V2, ctypes.create_string_buffer(raw, 1024))
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of a file system on one device, data in the single profile."""
+
+    total: int
+    free: int
+    """For data: inside data chunks, and not in any chunk yet."""
+
+
+def room(fd: int) -> Room:
+    """The room as writers see it now, from /sys/fs/btrfs/<uuid>/allocation.
+
+    statfs(2) counts what the last commit knew, up to 30 s ago: extents written and fsynced since (the tree log does not
+    count) are still free to it.  Here they are in bytes_reserved, and promised ones in bytes_may_use.
+    """
+    allocation = _sysfs(fd) / "allocation"
+
+    def value(name: str) -> int:
+        return int((allocation / name).read_text())
+
+    total = device_bytes(fd)
+    chunks = sum(value(f"{kind}/disk_total") for kind in ("data", "metadata", "system"))
+    taken = sum(value(f"data/bytes_{state}") for state in ("used", "reserved", "may_use", "pinned", "readonly"))
+    return Room(total, max(0, value("data/total_bytes") - taken) + max(0, total - chunks))
 
 
 # --- quotas
@@ -159,9 +234,8 @@ def _group(subvolume: int) -> int:
 def limit_subvolume(fs_fd: int, subvolume: int, max_bytes: int) -> None:
     """Limit what a subvolume (its id), and those made inside it later, may hold; 0: no limit.
 
-    Writes beyond it fail with EDQUOT, so does all but unlinking once it is reached: even these ioctls, when they are made
-    on a descriptor inside the full subvolume.  `fs_fd` is therefore the file system's own root. Needs quotas on;
-    idempotent.
+    Writes beyond it fail with EDQUOT, so does all but unlinking once it is reached: even these ioctls, when made on a
+    descriptor inside the full subvolume.  `fs_fd` is therefore the file system's own root. Needs quotas on; idempotent.
     """
     group = _group(subvolume)
     for request, arguments in ((_QGROUP_CREATE, (1, group)), (_QGROUP_ASSIGN, (1, subvolume, group))):

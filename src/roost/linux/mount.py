@@ -141,5 +141,5 @@ def mount_at(target: str | os.PathLike[str]) -> MountEntry | None:
 
 
 def is_mountpoint(target: str | os.PathLike[str]) -> bool:
-    """Whether something is mounted exactly here, bind mounts of the same file system too (`os.path.ismount` misses those)."""
+    """Whether something is mounted exactly here; `os.path.ismount` misses bind mounts of the same file system."""
     return mount_at(target) is not None
