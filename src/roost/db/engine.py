@@ -49,7 +49,7 @@ class Database:
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine.sync_engine, "connect", _pragmas)
         self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
-        # SQLite knows no SELECT … FOR UPDATE: within the one process that may open it, a lock makes read-then-write whole.
+        # SQLite knows no SELECT … FOR UPDATE: in the one process that opens it, a lock makes read-then-write whole.
         self._writing = asyncio.Lock() if self.engine.dialect.name == "sqlite" else nullcontext()
 
     async def migrate(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from websockets.asyncio.client import ClientConnection, unix_connect
+from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import WebSocketException
 
 from roost.errors import InternalError, RoostError
@@ -92,7 +92,7 @@ class ServerLink:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _dial(self, path: str) -> unix_connect:
+    def _dial(self, path: str) -> connect:
         return unix_connect(
             self._socket,
             f"ws://localhost{path}",
@@ -125,7 +125,9 @@ class ServerLink:
             while self._sent < len(self._spool):
                 report = self._spool[self._sent]
                 self._sent += 1
-                await control.send(json.dumps({"type": "report", "report": report.model_dump(mode="json", exclude_unset=True)}))
+                await control.send(
+                    json.dumps({"type": "report", "report": report.model_dump(mode="json", exclude_unset=True)})
+                )
 
     def _heard(self, control: ClientConnection, message: dict[str, Any]) -> None:
         match message.get("type"):

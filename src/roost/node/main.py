@@ -9,21 +9,19 @@ the containers too, takes the network policy back and unmounts the pool.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import structlog
 
 from roost import __version__, statedirs
-from roost.errors import AlreadyRunning, EngineUnreachable, MissingProgram, NeedsRoot, PortInUse, RoostError
+from roost.errors import EngineUnreachable, MissingProgram, NeedsRoot, PortInUse, RoostError
 from roost.linux.cgroup import Group
-from roost.linux.process import ProcessId
+from roost.linux.claim import claim
 from roost.logs import configure
 from roost.node.containerd import Containerd
 from roost.node.daemons import Supervised, supervise
@@ -54,25 +52,8 @@ def run() -> None:
     if os.geteuid() != 0:
         raise NeedsRoot("the node mounts, makes namespaces and runs the container engine")
     statedirs.prepare(settings)
-    lock = _lock(settings.node_run / "node.lock")
-    own = ProcessId.of(os.getpid())
-    assert own is not None
-    own.write(settings.node_run / "node.pid")
-    try:
+    with claim(settings.node_run, "node"):
         asyncio.run(Node(settings).run())
-    finally:
-        (settings.node_run / "node.pid").unlink(missing_ok=True)
-        os.close(lock)
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise AlreadyRunning(f"a node already holds {path}") from error
-    return descriptor
 
 
 class Node:
@@ -148,7 +129,9 @@ class Node:
         )
         link: ServerLink
 
-        converger = Converger(tools, logs, lambda report: link.report(report), stop_grace_s=settings.workspaces.stop_grace_s)
+        converger = Converger(
+            tools, logs, lambda report: link.report(report), stop_grace_s=settings.workspaces.stop_grace_s
+        )
         streams = Streams(runtime, converger, logs)
 
         async def call(method: str, params: dict[str, Any]) -> Any:

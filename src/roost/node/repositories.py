@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import pwd
 import secrets
-import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
 import structlog
 
 from roost import faults
-from roost.errors import CloneFailed, HomeFull, NodeUnreachable, StaleUpload, from_problem
+from roost.errors import CloneFailed, HomeFull, NodeUnreachable, StaleUpload
 from roost.repos.agent import AgentRelay
-from roost.repos.clone import CloneRequest, CloneResult, clone, stream_tar, sweep
+from roost.repos.clone import CloneRequest, CloneResult, clone, discard, stream_tar, sweep
+from roost.repos.git import OnProgress, Progress
 from roost.repos.urls import parse_url
 from roost.runtimes.protocol import TOOLS_DIR, Channel, ContainerUser, ExecSpec, Runtime
 from roost.settings import Settings
@@ -30,6 +31,8 @@ log = structlog.get_logger()
 
 BUSYBOX = f"{TOOLS_DIR}/bin/busybox"
 NOBODY = 65534
+AGENT_FAILURE = b"\x05"
+"""SSH_AGENT_FAILURE of the ssh-agent protocol."""
 EXISTS = 17
 """Exit code of the unpacking when something lies at the place already."""
 
@@ -58,13 +61,10 @@ class NodeRepositories:
 
     async def open(self) -> None:
         """Make the staging directory; drop what a killed node left in it."""
-        await asyncio.to_thread(self._prepare)
-
-    def _prepare(self) -> None:
-        # The clones run as another user: they must be able to come here, and to see nothing else of ours.
-        self._staging.mkdir(parents=True, exist_ok=True, mode=0o711)
-        self._staging.chmod(0o711)
-        sweep(self._staging)
+        await asyncio.to_thread(_passable, self._staging)
+        await sweep(self._staging, finished=True)
+        for left in self._staging.glob("upload-*"):
+            left.unlink()
 
     async def place(self, assignment: Assignment, user: UserFact, path: str, note: Callable[[str], None]) -> str:
         """See `roost.workspaces.start.Repositories.place`. Raises the errors of a clone, HomeFull, StaleUpload."""
@@ -72,49 +72,54 @@ class NodeRepositories:
         if await self._run(assignment, inside, (BUSYBOX, "test", "-e", path)) == 0:
             note(f"{path} is there already; it is left as it is")
             return ""
-        work = self._staging / f"{assignment.workspace}-{secrets.token_hex(4)}"
-        await asyncio.to_thread(work.mkdir, 0o711)
+        result = await self._clone(assignment, note)
         try:
-            result = await self._clone(assignment, work, note)
+            for remark in result.notes:
+                note(remark)
             faults.point("repository.cloned")
             note(f"unpacking to {path}")
             await self._unpack(assignment, inside, result.path, path, note)
             faults.point("repository.placed")
         finally:
-            await asyncio.to_thread(shutil.rmtree, work, True)
-        return str(result.commit or "")
+            await discard(result)
+        return result.commit or ""
 
-    async def _clone(self, a: Assignment, work: Path, note: Callable[[str], None]) -> CloneResult:
+    async def _clone(self, a: Assignment, note: Callable[[str], None]) -> CloneResult:
         repo = a.spec.repo
         assert repo is not None
-        bundle = await self._fetch_upload(repo.upload, work) if repo.upload else None
-        request = CloneRequest(
-            url=parse_url(repo.url) if repo.url else None,
-            bundle=bundle,
-            branch=repo.branch,
-            tenant=a.spec.tenant,
-            trusted=a.spec.trusted,
-        )
-        note(f"cloning {repo.url or 'the uploaded repository'}")
+        note(f"cloning {repo.url or 'the repository that was sent'}")
+        url = parse_url(repo.url) if repo.url else None
+        if repo.upload is None:
+            request = CloneRequest(url=url, branch=repo.branch, trusted=a.spec.trusted)
+            return await self._run_clone(a, request, note)
+        bundle = self._staging / f"upload-{secrets.token_hex(8)}"
+        try:
+            await self._fetch_upload(repo.upload, bundle)
+            origin = url.url if url else None
+            request = CloneRequest(bundle=bundle, origin_url=origin, branch=repo.branch, trusted=a.spec.trusted)
+            return await self._run_clone(a, request, note)
+        finally:
+            await asyncio.to_thread(bundle.unlink, True)
 
+    async def _run_clone(self, a: Assignment, request: CloneRequest, note: Callable[[str], None]) -> CloneResult:
         async def ask(body: bytes) -> bytes:
             async with self._http() as client:
                 answer = await client.post(f"/internal/v1/agents/{a.workspace}", content=body)
-                return answer.content if answer.status_code == 200 else b"\x05"
+                return answer.content if answer.status_code == 200 else AGENT_FAILURE
 
-        # The socket's folder is the clone user's alone to reach; sun_path holds 108 bytes, so it lies in the run dir.
+        lent = request.bundle is None and await self._agent_lent(a.workspace)
+        # In the run directory, for sun_path holds 108 bytes; the relay gives the socket to the clone's user alone.
         socket = self._settings.node_run / "agents" / f"{secrets.token_hex(6)}.sock"
-        await asyncio.to_thread(_shared_folder, socket.parent)
-        lent = repo.upload is None and await self._agent_lent(a.workspace)
-        async with AgentRelay(socket, ask, user=self._user):
+        await asyncio.to_thread(_passable, socket.parent)
+        async with AgentRelay(socket, ask, user=self._user) if lent else nullcontext():
             return await clone(
                 request,
-                work,
+                self._staging,
                 user=self._user,
                 settings=self._settings.repos,
                 net=self._settings.net,
                 agent_socket=socket if lent else None,
-                progress=note,
+                on_progress=_milestones(note),
             )
 
     def _http(self) -> httpx.AsyncClient:
@@ -129,20 +134,18 @@ class NodeRepositories:
         except httpx.HTTPError:
             return False
 
-    async def _fetch_upload(self, ident: str, work: Path) -> Path:
-        target = work / "upload.bundle"
+    async def _fetch_upload(self, ident: str, target: Path) -> None:
         try:
             async with self._http() as client, client.stream("GET", f"/internal/v1/uploads/{ident}") as answer:
                 if answer.status_code != 200:
                     await answer.aread()
-                    raise from_problem(answer.json()) if answer.status_code == 404 else StaleUpload()
+                    raise StaleUpload(f"the server has no upload {ident[:8]}… any more")
                 with target.open("xb") as file:
                     async for piece in answer.aiter_bytes(1 << 20):
                         await asyncio.to_thread(file.write, piece)
         except httpx.HTTPError as error:
             raise NodeUnreachable(f"the server did not hand over the upload: {error}") from error
         await asyncio.to_thread(target.chmod, 0o644)
-        return target
 
     async def _unpack(
         self, a: Assignment, user: ContainerUser, tree: Path, path: str, note: Callable[[str], None]
@@ -194,6 +197,17 @@ def _unprivileged(name: str) -> tuple[int, int]:
     return (entry.pw_uid, entry.pw_gid) if entry.pw_uid else (NOBODY, NOBODY)
 
 
-def _shared_folder(folder: Path) -> None:
+def _passable(folder: Path) -> None:
+    """Others may go through to what they know the name of, and see nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o711)
+
+
+def _milestones(note: Callable[[str], None]) -> OnProgress:
+    """Git's progress as a line each phase, when it is through."""
+
+    def heard(progress: Progress) -> None:
+        if progress.percent == 100 and not progress.remote:
+            note(f"{progress.phase}: {progress.done}")
+
+    return heard

@@ -58,7 +58,8 @@ class Agents:
         if lender is None:
             raise RepoAuth("no ssh-agent is lent to this workspace")
         number = next(lender.ids)
-        future = lender.asked[number] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        lender.asked[number] = future
         try:
             await lender.socket.send_bytes(struct.pack(">I", number) + body)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):

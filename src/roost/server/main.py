@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import grp
 import os
 import pwd
@@ -13,8 +12,8 @@ import structlog
 import uvicorn
 
 from roost import statedirs
-from roost.errors import AlreadyRunning, MissingFeature, PortInUse
-from roost.linux.process import ProcessId
+from roost.errors import MissingFeature, PortInUse
+from roost.linux.claim import claim
 from roost.logs import configure
 from roost.server.app import create_app
 from roost.server.peercred import HttpProtocol, WebSocketProtocol
@@ -42,15 +41,17 @@ def run() -> None:
     settings = load()
     configure(settings.log_level)
     statedirs.prepare(settings)
-    lock = _lock(settings.server_run / "server.lock")
+    with claim(settings.server_run, "server"):
+        _serve(settings)
+
+
+def _serve(settings: Settings) -> None:
     sockets = [_tcp(settings), _unix(settings.api_socket)]
-    ProcessId.of(os.getpid()).write(settings.server_run / "server.pid")
     if os.geteuid() == 0:
         drop_privileges(settings.server.user)
     os.umask(0o077)
-    app = create_app(settings)
     config = uvicorn.Config(
-        app,
+        create_app(settings),
         http=HttpProtocol,
         ws=WebSocketProtocol,
         ws_max_size=4 << 20,
@@ -67,17 +68,6 @@ def run() -> None:
     )
     log.info("server starts", port=settings.server.port, socket=str(settings.api_socket), uid=os.geteuid())
     Server(config).run(sockets=sockets)
-    os.close(lock)
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise AlreadyRunning(f"a server already holds {path}") from error
-    return descriptor
 
 
 def _tcp(settings: Settings) -> socket.socket:

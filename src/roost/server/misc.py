@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from roost import __version__
-from roost.oci.references import parse_reference
+from roost.oci.references import parse_remote
 from roost.server.auth import Caller
 
 router = APIRouter()
@@ -54,7 +54,7 @@ class PullRequest(BaseModel):
 @router.post("/images/pull")
 async def pull(request: Request, body: PullRequest, caller: Caller) -> dict[str, Any]:
     """Fetch an image to the node; returns when it is there."""
-    ref = str(parse_reference(body.ref))
+    ref = str(parse_remote(body.ref))
     answer: dict[str, Any] = await request.app.state.nodes.any().call("pull", {"ref": ref}, PULL_TIMEOUT_S)
     return answer
 

@@ -9,8 +9,9 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from roost.db.tables import WorkspaceRow
-from roost.oci.references import parse_reference
-from roost.repos.urls import check_protocol, parse_url
+from roost.errors import InvalidRepository
+from roost.oci.references import parse_remote
+from roost.repos.urls import allowed_protocols, check_protocol, directory_name, parse_url
 from roost.server.auth import Caller, Principal
 from roost.server.service import WorkspaceService
 from roost.settings import Settings
@@ -114,12 +115,8 @@ def _spec(body: CreateRequest, settings: Settings, caller: Principal) -> Workspa
     check_name(body.name)
     wanted = settings.workspaces
     image = body.image or wanted.default_image or f"127.0.0.1:{settings.registry.port}/default:latest"
-    parse_reference(image)
-    repo = None
-    if body.repo is not None:
-        if body.repo.upload is None and body.repo.url is not None:
-            check_protocol(parse_url(body.repo.url), settings.repos.allow_protocols)
-        repo = RepoSpec(**body.repo.model_dump())
+    image = str(parse_remote(image))
+    repo = None if body.repo is None else _repo(body.repo, settings)
     limits = body.limits
     return WorkspaceSpec(
         name=body.name,
@@ -135,6 +132,23 @@ def _spec(body: CreateRequest, settings: Settings, caller: Principal) -> Workspa
             pids=wanted.pids if limits.pids is None else limits.pids,
         ),
     )
+
+
+def _repo(body: RepoRequest, settings: Settings) -> RepoSpec:
+    if body.upload is None and body.url is None:
+        raise InvalidRepository("a repository needs a url or an upload")
+    directory = directory_name(body.name)
+    if body.url is None:
+        return RepoSpec(upload=body.upload, branch=body.branch, name=directory)
+    url = parse_url(body.url)
+    if body.upload is None:
+        check_protocol(url, allowed_protocols(settings.repos.allow_protocols))
+        if url.credential is not None:
+            raise InvalidRepository(
+                "credentials in a URL are not taken: they would have to be stored",
+                next_step="Use an ssh URL with an agent, or clone it yourself and open the local path.",
+            )
+    return RepoSpec(url=url.url, upload=body.upload, branch=body.branch, name=directory)
 
 
 def workspace_json(row: WorkspaceRow, request: Request) -> dict[str, Any]:

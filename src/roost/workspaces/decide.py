@@ -131,7 +131,9 @@ def retry(row: WorkspaceRow, now: datetime) -> list[EventRow]:
         row.start += 1
         row.last_start = None
         return _observe(row, Observed.pending, now, "starting again")
-    return _observe(row, Observed.stopping if row.desired == Desired.stopped else Observed.deleting, now, "trying again")
+    return _observe(
+        row, Observed.stopping if row.desired == Desired.stopped else Observed.deleting, now, "trying again"
+    )
 
 
 def _merge(stored: dict[str, Any], found: Facts) -> dict[str, Any]:

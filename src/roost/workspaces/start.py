@@ -112,9 +112,7 @@ class Start:
 
         def send(item: StepReport) -> None:
             found = Facts.model_validate(self.found) if self.found else None
-            self.report(
-                Report(workspace=a.workspace, generation=a.generation, start=a.start, step=item, facts=found)
-            )
+            self.report(Report(workspace=a.workspace, generation=a.generation, start=a.start, step=item, facts=found))
 
         send(say("running"))
         try:

@@ -1,0 +1,5 @@
+"""Push a folder as a one-layer image to a registry on loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
