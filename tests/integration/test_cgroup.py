@@ -27,8 +27,8 @@ def group() -> Iterator[Group]:
 
 def join(group: Group, *argv: str) -> subprocess.Popen[bytes]:
     """A process that is in the group before it runs the command."""
-    script = 'for folder in "$@"; do echo $$ >"$folder/cgroup.procs" || exit 9; shift; [ "$1" = -- ] && break; done; shift; exec "$@"'
-    folders = {str(group.folder("pids")), str(group.folder("freezer")) if _freezer_v1() else str(group.folder("pids"))}
+    script = 'while [ "$1" != -- ]; do echo $$ >"$1/cgroup.procs" || exit 9; shift; done; shift; exec "$@"'
+    folders = {str(group.folder("freezer" if _freezer_v1() else "pids")), str(group.folder("pids"))}
     return subprocess.Popen(["sh", "-c", script, "sh", *sorted(folders), "--", *argv])
 
 

@@ -57,7 +57,9 @@ def find_hierarchies(mountinfo: Path = MOUNTINFO) -> tuple[Hierarchy, ...]:
             bound = {option for option in options.split(",") if not option.startswith("name=")} - {"rw", "ro", "xattr"}
             found[path] = Hierarchy(path, 1, frozenset(bound))
     if not found:
-        raise MissingFeature("no cgroup file system is mounted", next_step="Mount one: `mount -t cgroup2 none /sys/fs/cgroup`.")
+        raise MissingFeature(
+            "no cgroup file system is mounted", next_step="Mount one: `mount -t cgroup2 none /sys/fs/cgroup`."
+        )
     return tuple(sorted(found.values(), key=lambda hierarchy: (-hierarchy.version, str(hierarchy.path))))
 
 

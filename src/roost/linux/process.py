@@ -219,6 +219,6 @@ def _socket_owner(inode: int) -> int | None:
         with suppress(OSError):
             for descriptor in list((PROC / str(pid) / "fd").iterdir()):
                 with suppress(OSError):
-                    if os.readlink(descriptor) == wanted:
+                    if str(descriptor.readlink()) == wanted:
                         return pid
     return None
