@@ -35,7 +35,7 @@ import socket
 import ssl
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -79,7 +79,7 @@ class RepoLimits(Protocol):
     """What a clone needs of roost.settings.RepoSettings."""
 
     @property
-    def allow_protocols(self) -> list[str]: ...
+    def allow_protocols(self) -> Sequence[str]: ...
     @property
     def command_timeout_s(self) -> float: ...
     @property
@@ -304,7 +304,7 @@ class _Making:
         """git with what it needs to reach this URL, and nothing but this URL's protocol."""
         git = replace(self._git, protocols=(url.scheme,), secrets=_secrets(url))
         if url.scheme == "file":
-            return replace(git, config=_readable_source(url, git.user))
+            return replace(git, env={"GIT_CONFIG_GLOBAL": str(self._trusting(_readable_source(url, git.user)))})
         if url.scheme in ("http", "https"):
             return await self._towards_http(url, git)
         endpoint = await self._endpoint(url)
@@ -324,6 +324,25 @@ class _Making:
             agent_socket=self._agent_socket,
         )
         return replace(git, env={"GIT_SSH_COMMAND": command})
+
+    def _trusting(self, source: Path) -> Path:
+        """A configuration file that lets git read a repository of another owner.
+
+        It must be a file: git takes configuration given by environment away from the upload-pack it starts there.
+        """
+        text = str(source).replace("\\", "\\\\").replace('"', '\\"')
+        lines = "".join(f'\tdirectory = "{text}{suffix}"\n' for suffix in ("", "/.git"))
+        return self._fresh_file("gitconfig", f"[safe]\n{lines}".encode())
+
+    def _fresh_file(self, name: str, content: bytes) -> Path:
+        """A file in the work directory that the git user can read and did not make."""
+        target = self._work / name
+        target.unlink(missing_ok=True)
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), 0o644)
+        return target
 
     async def _towards_http(self, url: RepoUrl, git: Git) -> Git:
         config: list[tuple[str, str]] = []
@@ -374,13 +393,7 @@ class _Making:
             except OSError as error:
                 if name == extra:
                     raise InvalidConfig(f"[repos] ca_file: {name}: {error.strerror}") from error
-        target = self._work / "ca.pem"
-        target.unlink(missing_ok=True)
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-        return target
+        return self._fresh_file("ca.pem", content)
 
     @property
     def _known_hosts(self) -> Path:
@@ -438,7 +451,7 @@ def _secrets(url: RepoUrl) -> tuple[str, ...]:
     return (url.credential.username, url.credential.password) if url.credential else ()
 
 
-def _readable_source(url: RepoUrl, user: User | None) -> tuple[tuple[str, str], ...]:
+def _readable_source(url: RepoUrl, user: User | None) -> Path:
     path = Path(unquote(url.path))
     if not path.exists():
         raise RepoNotFound(f"{path} does not exist")
@@ -447,7 +460,7 @@ def _readable_source(url: RepoUrl, user: User | None) -> tuple[tuple[str, str], 
             f"{path} cannot be read by the user that git runs as",
             next_step=f"Give the path itself ({path}): then it is read as you and sent.",
         )
-    return (("safe.directory", str(path)), ("safe.directory", str(path / ".git")))
+    return path
 
 
 def _make_work(staging: Path, user: User | None) -> Path:

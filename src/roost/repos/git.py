@@ -352,7 +352,7 @@ async def _wait(
 
 async def _end_group(process: asyncio.subprocess.Process) -> None:
     """End whatever is left of the process group.  The leader may be gone while helpers (ssh, index-pack) live on."""
-    if not _signal_group(process.pid, signal.SIGTERM):
+    if not _signal_group(process.pid, signal.SIGTERM) or not _living(process.pid):
         await _reap(process)
         return
     ended = asyncio.ensure_future(_group_gone(process))
@@ -365,8 +365,19 @@ async def _end_group(process: asyncio.subprocess.Process) -> None:
 
 
 async def _group_gone(process: asyncio.subprocess.Process) -> None:
-    while _signal_group(process.pid, 0):  # noqa: ASYNC110 - a process group has no event to wait for
-        await asyncio.sleep(0.02)
+    while _signal_group(process.pid, 0) and _living(process.pid):  # noqa: ASYNC110 - a group has no event to wait for
+        await asyncio.sleep(0.01)
+
+
+def _living(group: int) -> bool:
+    """Whether the group has a member that is no zombie: an orphan may wait long for a lazy init to reap it."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(pgrp) == group and state not in "ZX":
+                    return True
+    return False
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:
