@@ -74,10 +74,10 @@ class Node:
         await asyncio.to_thread(self.pool.open)
         engine = Containerd(self.settings, self.pool.snapshots_dir)
         network = Network(self.settings, engine.cni_conf_dir)
-        await asyncio.to_thread(network.apply)
+        await network.start()
         await engine.start()
         registry = await self._registry()
-        async with self._working(engine) as runtime:
+        async with self._working(engine, network) as runtime:
             self._spawn(self._supervise("containerd", engine))
             if registry is not None:
                 self._spawn(self._supervise("registry", registry))
@@ -92,7 +92,7 @@ class Node:
         if registry is not None:
             await registry.stop()
         if everything:
-            await asyncio.to_thread(network.remove)
+            await network.remove_policy()
             await asyncio.to_thread(self.pool.close)
         log.info("node stopped")
 
@@ -111,9 +111,9 @@ class Node:
         return registry
 
     @asynccontextmanager
-    async def _working(self, engine: Containerd) -> AsyncIterator[CriRuntime]:
+    async def _working(self, engine: Containerd, network: Network) -> AsyncIterator[CriRuntime]:
         settings = self.settings
-        runtime = CriRuntime(self._cri_config(engine))
+        runtime = CriRuntime(self._cri_config(engine, network))
         await runtime.check()
         await runtime.recover()
         logs = StartLogs(settings.node_state / "logs" / "starts")
@@ -152,7 +152,7 @@ class Node:
             await converger.close()
             await runtime.close()
 
-    def _cri_config(self, engine: Containerd) -> CriConfig:
+    def _cri_config(self, engine: Containerd, network: Network) -> CriConfig:
         settings = self.settings
         parent = f"/{settings.node.instance}"
 
@@ -167,7 +167,7 @@ class Node:
             log_dir=settings.node_state / "logs" / "containers",
             tools_dir=engine.tools_dir,
             cgroup_parent=parent,
-            dns_servers=tuple(Network(settings, engine.cni_conf_dir).dns_servers()),
+            dns_servers=network.dns_servers(),
             pull_timeout_s=settings.registry.pull_timeout_s,
             pull_progress_timeout_s=settings.registry.progress_timeout_s,
             python=sys.executable,

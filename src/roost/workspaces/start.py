@@ -153,7 +153,7 @@ class Start:
 
     async def _volume(self, step: Step) -> None:
         a = self.assignment
-        self.fresh = await self.tools.runtime.create_volume(a.volume, a.spec.limits.disk_bytes, self._labels())
+        self.fresh = await self.tools.runtime.create_volume(a.volume, a.spec.limits.disk_bytes, self._lasting_labels())
         step.detail = "made" if self.fresh else ""
         if self.fresh:  # whatever an earlier volume of that name held is not in this one
             self.found |= {"seeded_digest": None, "repo_path": None, "repo_commit": None}
@@ -218,13 +218,16 @@ class Start:
         step.detail = f"{path} at {commit[:12]}" if commit else path
 
     def _labels(self) -> dict[str, str]:
+        return {**self._lasting_labels(), LABEL_START: str(self.assignment.start)}
+
+    def _lasting_labels(self) -> dict[str, str]:
+        """Those of the volume too, which outlives every start."""
         a = self.assignment
         return {
             LABEL_WORKSPACE: a.workspace,
             LABEL_TENANT: a.spec.tenant,
             LABEL_OWNER: a.spec.owner,
             LABEL_LAYOUT: a.spec.layout,
-            LABEL_START: str(a.start),
         }
 
 
