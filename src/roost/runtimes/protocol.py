@@ -175,13 +175,20 @@ class ExecSession(Protocol):
     """One running command.  Close it always; closing ends a command that still runs."""
 
     async def write(self, data: bytes) -> None:
-        """Send to stdin; returns when the command's pipe took it (backpressure). A command that no longer reads: no error."""
+        """Send to stdin; returns when the command's pipe took it (backpressure).
+
+        A command that no longer reads: no error.
+        """
 
     async def close_stdin(self) -> None:
         """The end of stdin: the command reads EOF after the last byte sent."""
 
     def output(self) -> AsyncIterator[tuple[Channel, bytes]]:
-        """Output as it comes, ended when the command and all who hold its pipes are done. A terminal has stdout only."""
+        """Output as it comes, ended when the command and all who hold its pipes are done. A terminal has stdout only.
+
+        When something the command left behind goes on holding its pipes (a daemon), output ends shortly after the
+        command, once no more comes.
+        """
 
     async def resize(self, size: TerminalSize) -> None: ...
 
@@ -285,7 +292,10 @@ class Runtime(Protocol):
         labels are the same, else EngineFailed: delete it first."""
 
     async def start(self, container: ContainerId) -> None:
-        """Start it; returns when PID 1 runs. Raises ContainerNotFound."""
+        """Start it; returns when PID 1 runs. Running: no error. Raises ContainerNotFound.
+
+        One that has ended is not started again (EngineFailed): delete it and create it for the next start.
+        """
 
     async def stop(self, container: ContainerId, grace_s: float) -> None:
         """SIGTERM, after `grace_s` SIGKILL; returns when it is down. Absent or down: no error."""
@@ -299,7 +309,10 @@ class Runtime(Protocol):
         """All containers of ours on this engine."""
 
     async def exec(self, container: ContainerId, spec: ExecSpec) -> ExecSession:
-        """Start a command. Raises ContainerNotFound, WorkspaceNotRunning, ExecNotFound, ExecNotExecutable, ExecFailed."""
+        """Start a command.
+
+        Raises ContainerNotFound, WorkspaceNotRunning, ExecNotFound, ExecNotExecutable, ExecFailed.
+        """
 
     def logs(self, container: ContainerId, *, follow: bool = False, previous: bool = False) -> AsyncIterator[LogLine]:
         """Output of PID 1, oldest first, of the present container or the one before it. Raises ContainerNotFound."""

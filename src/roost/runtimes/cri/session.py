@@ -1,0 +1,319 @@
+"""One command that runs in a container: see `execs` for how its streams work.
+
+No thread: descriptors are non-blocking and the loop's selector is asked only when there is nothing to do, so a stream
+that has data is read in a tight loop of large reads.  All waiting can be ended by the command's exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import structlog
+
+from roost.errors import EngineFailed, EngineUnreachable, ExecFailed, InternalError, RoostError
+from roost.runtimes.cri import methods
+from roost.runtimes.cri.engine import Engine, absent, said
+from roost.runtimes.cri.fifos import Fifos
+from roost.runtimes.cri.proto import tasks_pb2
+from roost.runtimes.protocol import Channel, TerminalSize
+
+log = structlog.get_logger()
+
+LINGER_S = 1.0
+"""Output ends this long after the command, counted from the last byte, if somebody else still holds its pipes."""
+_READ_BYTES = 256 << 10
+_ENGINE_AWAY_S = 60.0
+"""containerd may be away this long while a command is waited for."""
+_CALL_S = 15.0
+_CLOSE_S = 10.0
+_DRAIN_S = 2.0
+_EOT = b"\x04"
+
+
+class CriExecSession:
+    """An ExecSession (see the protocol)."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        engine_id: str,
+        exec_id: str,
+        fifos: Fifos,
+        *,
+        tty: bool,
+        on_close: Callable[[CriExecSession], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._engine_id = engine_id
+        self._exec_id = exec_id
+        self._fifos = fifos
+        self._tty = tty
+        self._on_close = on_close
+        self._exit: asyncio.Task[int] | None = None
+        self._pid = 0
+        self._writing = asyncio.Lock()
+        self._line_open = False
+        self._stdin_ended = False
+        self._reading = False
+        self._closing: asyncio.Task[None] | None = None
+        self._closed = False
+        self._waiting: set[asyncio.Future[bool]] = set()
+
+    @property
+    def folder(self) -> Path:
+        return self._fifos.folder
+
+    def begin(self, pid: int) -> None:
+        """The command runs as process `pid` of this host."""
+        self._pid = pid
+        self._exit = asyncio.create_task(self._await_exit(), name=f"exec {self._exec_id}")
+
+    # exit
+
+    async def _await_exit(self) -> int:
+        request = tasks_pb2.WaitRequest(container_id=self._engine_id, exec_id=self._exec_id)
+        loop = asyncio.get_running_loop()
+        away_since: float | None = None
+        while True:
+            asked = loop.time()
+            try:
+                return (await self._engine.call(methods.TASK_WAIT, request, timeout_s=None)).exit_status
+            except EngineUnreachable:
+                now = loop.time()
+                if away_since is None or now - asked > _CALL_S:  # a call that hung was held by a living engine
+                    away_since = now
+                if now - away_since > _ENGINE_AWAY_S:
+                    raise
+            except EngineFailed as error:
+                raise ExecFailed(
+                    f"how the command ended is not known: the container's helper is gone ({said(error)})",
+                    next_step="Restart the workspace if it does not come back by itself.",
+                ) from error
+            await asyncio.sleep(0.1)
+
+    @property
+    def _over(self) -> bool:
+        return self._exit is None or self._exit.done()
+
+    async def wait(self) -> int:
+        if self._exit is None:
+            raise InternalError("the command was not started")
+        return await asyncio.shield(self._exit)
+
+    # stdin
+
+    async def write(self, data: bytes) -> None:
+        async with self._writing:
+            view = memoryview(data)
+            if self._tty and data:
+                self._line_open = not data.endswith((b"\n", b"\r", _EOT))
+            while view and self._fifos.writer is not None and not (self._stdin_ended or self._closed):
+                try:
+                    view = view[os.write(self._fifos.writer, view) :]
+                except BlockingIOError:
+                    if not await self._ready(writer=True):
+                        return
+                except BrokenPipeError:
+                    self._fifos.close_writer()
+
+    async def close_stdin(self) -> None:
+        if self._tty:
+            # On a line that is not empty, the first one only ends the line's read.
+            await self.write(_EOT * 2 if self._line_open else _EOT)
+            self._stdin_ended = True
+            return
+        async with self._writing:
+            if self._stdin_ended:
+                return
+            self._stdin_ended = True
+            if not self._fifos.stdin_path:
+                return
+            self._fifos.close_writer()
+            request = tasks_pb2.CloseIORequest(container_id=self._engine_id, exec_id=self._exec_id, stdin=True)
+            try:
+                await self._call_engine(methods.TASK_CLOSE_IO, request)
+            except EngineFailed as error:
+                if not self._over and not _ended(error):
+                    raise
+
+    # output
+
+    async def output(self) -> AsyncIterator[tuple[Channel, bytes]]:
+        if self._reading:
+            raise InternalError("the output of a command is read once")
+        self._reading = True
+        readers = self._fifos.readers
+        while readers and not self._closed:
+            got = False
+            for channel in list(readers):
+                fd = readers.get(channel)
+                if fd is None or self._closed:  # closed by us while the caller had the floor
+                    break
+                try:
+                    data = os.read(fd, _READ_BYTES)
+                except BlockingIOError:
+                    continue
+                if not data:
+                    self._fifos.close_reader(channel)
+                    continue
+                got = True
+                yield channel, data
+            if got:
+                await asyncio.sleep(0)  # a command that never pauses must not hold the loop
+            elif not readers:
+                return
+            elif not self._over:
+                await self._ready()
+            elif not await self._ready(timeout_s=LINGER_S):
+                return
+
+    async def _ready(self, *, writer: bool = False, timeout_s: float | None = None) -> bool:
+        """Wait until a descriptor can be used; False when the command ends, we close, or the time is over first."""
+        loop = asyncio.get_running_loop()
+        wake: asyncio.Future[bool] = loop.create_future()
+
+        def ready() -> None:
+            if not wake.done():
+                wake.set_result(True)
+
+        def over(_: object) -> None:
+            if not wake.done():
+                wake.set_result(False)
+
+        running = self._exit if self._exit is not None and not self._exit.done() else None
+        if self._closed or (writer and running is None):
+            return False
+        fds = list(self._fifos.readers.values())
+        if writer:
+            fds = [self._fifos.writer] if self._fifos.writer is not None else []
+        add, remove = (loop.add_writer, loop.remove_writer) if writer else (loop.add_reader, loop.remove_reader)
+        for fd in fds:
+            add(fd, ready)
+        if running is not None:
+            running.add_done_callback(over)
+        self._waiting.add(wake)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await wake
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting.discard(wake)
+            if running is not None:
+                running.remove_done_callback(over)
+            for fd in fds:
+                remove(fd)
+
+    # control
+
+    async def resize(self, size: TerminalSize) -> None:
+        request = tasks_pb2.ResizePtyRequest(
+            container_id=self._engine_id, exec_id=self._exec_id, width=size.columns, height=size.rows
+        )
+        await self._tell(methods.TASK_RESIZE, request)
+
+    async def signal(self, number: int) -> None:
+        request = tasks_pb2.KillRequest(container_id=self._engine_id, exec_id=self._exec_id, signal=number)
+        await self._tell(methods.TASK_KILL, request)
+
+    async def _tell(
+        self, method: methods.Method[methods.RequestT, methods.ResponseT], request: methods.RequestT
+    ) -> None:
+        if self._over:
+            return
+        try:
+            await self._call_engine(method, request)
+        except EngineFailed as error:
+            if not self._over and not _ended(error):
+                raise
+
+    async def _call_engine(
+        self, method: methods.Method[methods.RequestT, methods.ResponseT], request: methods.RequestT
+    ) -> methods.ResponseT:
+        return await self._engine.call(method, request, timeout_s=_CALL_S)
+
+    # end
+
+    async def close(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._end(), name=f"close exec {self._exec_id}")
+        await asyncio.shield(self._closing)
+
+    async def abandon(self) -> None:
+        """Close what may or may not have been started; complete even if our task is cancelled meanwhile."""
+        try:
+            await self.close()
+        except asyncio.CancelledError:
+            if self._closing is not None:
+                await asyncio.wait([self._closing], timeout=_CLOSE_S)
+            raise
+
+    async def _end(self) -> None:
+        # Who waits for a descriptor lets go of it before it is closed: its number will be somebody else's.
+        self._closed = True
+        while self._waiting:
+            for wake in self._waiting:
+                if not wake.done():
+                    wake.set_result(False)
+            await asyncio.sleep(0)
+        try:
+            if self._exit is None:
+                await self._kill()  # of an earlier process of ours, or half-started
+                await self._drain()
+            elif not self._exit.done():
+                await self._kill()
+                await asyncio.wait([asyncio.ensure_future(self._drain()), self._exit], timeout=_CLOSE_S)
+            request = tasks_pb2.DeleteProcessRequest(container_id=self._engine_id, exec_id=self._exec_id)
+            try:
+                await self._call_engine(methods.TASK_DELETE_PROCESS, request)
+            except RoostError as error:
+                if not isinstance(error, EngineFailed) or not (absent(error) or _ended(error)):
+                    log.debug("exec is not forgotten by the engine", exec=self._exec_id, error=error.message)
+        finally:
+            if self._exit is not None:
+                self._exit.cancel()
+                await asyncio.gather(self._exit, return_exceptions=True)
+            self._fifos.remove()
+            if self._on_close is not None:
+                self._on_close(self)
+
+    async def _kill(self) -> None:
+        """SIGKILL to the command and to what is left in its process group (it leads a session of its own)."""
+        if self._pid > 1 and self._exit is not None and not self._exit.done():
+            try:
+                os.killpg(self._pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+        request = tasks_pb2.KillRequest(container_id=self._engine_id, exec_id=self._exec_id, signal=int(signal.SIGKILL))
+        try:
+            await self._call_engine(methods.TASK_KILL, request)
+        except RoostError as error:
+            if not isinstance(error, EngineFailed):
+                log.info("a command cannot be killed", exec=self._exec_id, error=error.message)
+
+    async def _drain(self) -> None:
+        """Take what the shim still has to give, so that nothing of it stays blocked on a FIFO nobody reads."""
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                while self._fifos.readers:
+                    for channel in list(self._fifos.readers):
+                        try:
+                            if not os.read(self._fifos.readers[channel], _READ_BYTES):
+                                self._fifos.close_reader(channel)
+                        except BlockingIOError:
+                            continue
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            return
+
+
+def _ended(error: EngineFailed) -> bool:
+    """Whether the engine refused because the process is over."""
+    text = said(error)
+    return absent(error) or any(
+        word in text for word in ("already finished", "not found", "not running", "stopped state", "process done")
+    )
