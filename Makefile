@@ -15,7 +15,7 @@ demo: ## set up, start node and server, open this repository as a workspace; lea
 
 test: ## run all tests: unit, integration, e2e, on real parts; root
 	@scripts/setup --tests
-	@.venv/bin/python -m pytest $(ARGS)
+	@"$$(readlink .venv)/bin/python" -m pytest $(ARGS) # by its real path: the server's user may not see this folder
 
 check: ## format, lint, types, import floors, generated pages: the state of the tree, no root parts started
 	@scripts/setup
