@@ -327,6 +327,6 @@ async def test_subnet_in_use(world: World) -> None:
 
 async def test_foreign_firewall_is_told(world: World, policy: Network) -> None:
     assert await foreign_drops(policy.table) == []
-    chain = "add table ip other\nadd chain ip other fwd { type filter hook forward priority 0; policy drop; }"
+    chain = "add table ip other\nadd chain ip other watch { type filter hook forward priority 0; policy drop; }"
     subprocess.run(["nft", "-f", "-"], input=chain.encode(), check=True)
-    assert await foreign_drops(policy.table) == ["ip other fwd"]
+    assert await foreign_drops(policy.table) == ["ip other watch"]
