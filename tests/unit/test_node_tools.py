@@ -145,7 +145,10 @@ def test_everybody_is_told_and_waited_for(namespace: Namespace) -> None:
 
 def test_interactive_shells_are_hung_up(namespace: Namespace) -> None:
     """A shell with a terminal ignores TERM; HUP is its word to go."""
-    ignores = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    ignores = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "print('ready', flush=True); time.sleep(60)"
+    )
     child = namespace.inside("/usr/bin/python3", "-c", ignores)
     assert namespace.stop() < 3000
     assert child.wait(5) == -signal.SIGHUP
@@ -153,8 +156,8 @@ def test_interactive_shells_are_hung_up(namespace: Namespace) -> None:
 
 def test_who_will_not_go_is_waited_for_no_longer_than_the_grace(namespace: Namespace) -> None:
     stubborn = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGHUP, signal.SIG_IGN);"
-        "print('ready', flush=True); time.sleep(60)"
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
     )
     child = namespace.inside("/usr/bin/python3", "-c", stubborn)
     assert namespace.stop() < 9900, "below the ten seconds after which the engine kills"

@@ -246,9 +246,12 @@ class Containerd:
         if self._daemon is None or self._daemon.spec != spec:
             self._daemon = Daemon(spec)
         await self._daemon.start(self._ready, self._settings.node.engine_start_timeout_s)
-        if not await self._has_image(image.ref):
+        # Imported and labelled are two steps; the file says that both were done, in the root that has the image.
+        done = self._state / "root" / f"{image.ref.replace('/', '-')}.imported"
+        if not done.exists() or not await self._has_image(image.ref):
             await import_pause_image(self.socket, image)
             await self._until_seen(image.ref)
+            done.touch()
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """End containerd; shims and containers go on. Not running: no error."""

@@ -155,7 +155,7 @@ def ensure_tools(folder: Path) -> Path:
 # --- the pause image ----------------------------------------------------------------------------------------------
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-_ENTRYPOINT = ["/tini", "--", "/pause", "sleep", "2147483647"]
+_ENTRYPOINT = ["/tini", "--", "/busybox", "sleep", "2147483647"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _tar(files: list[tuple[str, bytes, int]]) -> bytes:
 
 def pause_image(tools: Path) -> PauseImage:
     """The pause image of a tools tree; the same bytes for the same programs."""
-    programs = (("tini", "tini"), ("pause", "busybox"))
+    programs = (("tini", "tini"), ("busybox", "busybox"))
     layer = _tar([(name, (tools / "bin" / program).read_bytes(), 0o755) for name, program in programs])
     blobs: list[tuple[str, bytes, int]] = []
 
