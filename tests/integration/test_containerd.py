@@ -86,8 +86,11 @@ async def test_pause_image_is_seen_pinned_and_restored(engine: Containerd) -> No
     row = await ctr(engine.socket, "images", "ls", f"name=={ref}")
     assert "io.cri-containerd.pinned=pinned" in row
     await ctr(engine.socket, "images", "rm", "--sync", ref)
-    while await engine._has_image(ref):
+    for _ in range(500):
+        if not await engine._has_image(ref):
+            break
         await asyncio.sleep(0.01)
+    assert not await engine._has_image(ref)
     await engine.start()
     assert await engine._has_image(ref)
 

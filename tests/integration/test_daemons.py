@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from roost.errors import MissingProgram, ProcessFailed, RoostError
-from roost.linux.process import ProcessId, all_processes, read_pidfile
+from roost.linux.process import PidFile, ProcessId, all_processes, read_pidfile, write_pidfile
 from roost.node import daemons
 from roost.node.daemons import Daemon, DaemonSpec, supervise
 
@@ -118,7 +118,7 @@ async def test_a_stale_pidfile_names_nobody(spec: DaemonSpec) -> None:
     await first.stop()
     me = ProcessId.of(os.getpid())
     assert me is not None
-    daemons.write_pidfile(spec.pidfile, daemons.PidFile(replace(me, start_time=1), "one"))
+    write_pidfile(spec.pidfile, PidFile(replace(me, start_time=1), "one"))
     assert await asyncio.to_thread(first.find) is None, "our pid, but another process"
     assert not (await start(spec)).adopted
 
@@ -139,7 +139,7 @@ async def test_never_ready_is_stopped(spec: DaemonSpec) -> None:
     async def never() -> bool:
         return False
 
-    with pytest.raises(ProcessFailed, match="not ready after 0.2 s"):
+    with pytest.raises(ProcessFailed, match=r"not ready after 0\.2 s"):
         await Daemon(spec).start(never, 0.2)
     assert instances(spec) == []
 
@@ -187,7 +187,7 @@ async def test_supervision_restarts_and_reports(spec: DaemonSpec) -> None:
         before = daemon.process
         assert before is not None
         before.signal(signal.SIGKILL)
-        seen = []
+        seen: list[str] = []
         while not seen or seen[-1] != "restarted":
             what, why = await asyncio.wait_for(reports.get(), 10)
             assert (why is not None) is (what == "failed")
@@ -196,4 +196,4 @@ async def test_supervision_restarts_and_reports(spec: DaemonSpec) -> None:
         assert daemon.process is not None and daemon.process != before and daemon.process.alive()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert daemon.process.alive(), "it goes on when its supervisor ends"
+    assert daemon.process is not None and daemon.process.alive(), "it goes on when its supervisor ends"

@@ -86,3 +86,4 @@ async def test_not_installed(settings: Settings, monkeypatch: pytest.MonkeyPatch
         patch.setenv("PATH", str(tmp_path))
         with pytest.raises(MissingProgram, match="docker-registry"):
             await Registry(settings).start()
+        await Registry(settings).stop()

@@ -77,7 +77,7 @@ class Namespace:
             ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command],
             stderr=subprocess.PIPE, env={"PATH": "/nonexistent"}, executable="/usr/bin/unshare",
         )  # fmt: skip
-        self.init = self._wait_for("sleep 2147483647".split())
+        self.init = self._wait_for(["sleep", "2147483647"])
 
     def _wait_for(self, last: list[str]) -> int:
         """Pid of PID 1 once the keep-alive sleeps."""
@@ -146,8 +146,7 @@ def test_everybody_is_told_and_waited_for(namespace: Namespace) -> None:
 def test_interactive_shells_are_hung_up(namespace: Namespace) -> None:
     """A shell with a terminal ignores TERM; HUP is its word to go."""
     ignores = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        "print('ready', flush=True); time.sleep(60)"
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);print('ready', flush=True); time.sleep(60)"
     )
     child = namespace.inside("/usr/bin/python3", "-c", ignores)
     assert namespace.stop() < 3000

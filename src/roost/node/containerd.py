@@ -154,9 +154,7 @@ def render_config(config: EngineConfig, version: Version) -> str:
     options = {"SystemdCgroup": False, "Root": config.runc_root}
     plugin(runtime, options, "containerd", "runtimes", "runc", "options")
     # 2.1 renamed bin_dir; giving both is refused there, the old one alone is taken by all.
-    cni_bin: dict[str, object] = (
-        {"bin_dirs": [config.cni_bin]} if version >= (2, 1) else {"bin_dir": config.cni_bin}
-    )
+    cni_bin: dict[str, object] = {"bin_dirs": [config.cni_bin]} if version >= (2, 1) else {"bin_dir": config.cni_bin}
     plugin(runtime, {**cni_bin, "conf_dir": config.cni_conf, "max_conf_num": 1}, "cni")
     plugin(images, {"config_path": config.certs}, "registry")
     if modern:
@@ -255,7 +253,9 @@ class Containerd:
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """End containerd; shims and containers go on. Not running: no error."""
-        daemon = self._daemon or Daemon(self._spec(self._program(), ""))
+        # It may run though its package is gone: the pid file finds it.
+        program = Path(shutil.which("containerd") or "/usr/bin/containerd")
+        daemon = self._daemon or Daemon(self._spec(program, ""))
         await daemon.stop(grace_s)
 
     async def watch(self) -> None:

@@ -79,7 +79,9 @@ class Registry:
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """End it; what it stores stays. Not running: no error."""
-        await (self._daemon or Daemon(self._spec(self._program(), ""))).stop(grace_s)
+        # It may run though its package is gone: the pid file finds it.
+        program = shutil.which("docker-registry") or "/usr/bin/docker-registry"
+        await (self._daemon or Daemon(self._spec(program, ""))).stop(grace_s)
 
     async def watch(self) -> None:
         """Return when it has died."""
