@@ -117,9 +117,10 @@ def _lines(image_fd: int, path: str) -> Iterator[list[str]]:
         if error.errno in _ABSENT:
             return
         raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        return
     with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return
         text = file.read(MAX_BYTES).decode("utf-8", "surrogateescape")
     for line in text.split("\n"):
         if line and not line.startswith("#"):

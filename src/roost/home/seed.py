@@ -308,10 +308,11 @@ def _read_json(folder: int, name: str) -> dict[str, Any] | None:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
             return None
         raise
+    state = os.fstat(fd)
+    if not stat.S_ISREG(state.st_mode) or state.st_size > _JSON_MAX:
+        os.close(fd)
+        return None
     with open(fd, "rb") as file:
-        state = os.fstat(fd)
-        if not stat.S_ISREG(state.st_mode) or state.st_size > _JSON_MAX:
-            return None
         try:
             found = json.loads(file.read())
         except (ValueError, RecursionError):
