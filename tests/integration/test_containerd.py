@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from roost.errors import MissingProgram
+from roost.linux.cgroup import Group
 from roost.linux.process import ProcessId
 from roost.node.containerd import SHIM_PARENT, Containerd
 from roost.node.daemons import supervise
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("containerd") is None or shutil.which("runc") is None,
     reason="needs root, containerd and runc",
 )
+CGROUP = f"roost-t{os.getpid()}"
 SYSTEMS = (Path("/etc/containerd"), Path("/var/lib/containerd"), SHIM_PARENT / "containerd.sock")
 
 
@@ -49,6 +51,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[Containerd]:
         for name in (await ctr(engine.socket, "containers", "ls", "-q")).split():
             await ctr(engine.socket, "containers", "rm", name)
     await engine.stop()
+    await asyncio.to_thread(Group(CGROUP).remove)
     mounts = Path("/proc/self/mountinfo").read_text()
     assert str(tmp_path) not in mounts, "no mount is left"
 
@@ -56,7 +59,11 @@ async def engine(tmp_path: Path) -> AsyncIterator[Containerd]:
 async def run_pause(engine: Containerd) -> ProcessId:
     """A container from the pause image; its process."""
     image = pause_image(engine.tools_dir).ref
-    await ctr(engine.socket, "run", "--detach", image, "roost-tpause")
+    own = engine.socket.parent  # ctr, unlike CRI, has defaults of its own under /run/containerd
+    await ctr(
+        engine.socket, "run", "--detach", "--cgroup", f"{CGROUP}/pause", "--runc-root", str(own / "runc"),
+        "--fifo-dir", str(own / "fifo"), image, "roost-tpause",
+    )  # fmt: skip
     tasks = await ctr(engine.socket, "tasks", "ls")
     (line,) = [row for row in tasks.splitlines() if row.startswith("roost-tpause")]
     process = ProcessId.of(int(line.split()[1]))

@@ -51,7 +51,9 @@ async def start(spec: DaemonSpec) -> Daemon:
 
 
 def instances(spec: DaemonSpec) -> list[int]:
-    return [process.pid for process in all_processes() if process.cmdline() == spec.argv]
+    """Session leaders only: a child between fork and exec looks like its parent otherwise."""
+    alike = [process.pid for process in all_processes() if process.cmdline() == spec.argv]
+    return [pid for pid in alike if Path(f"/proc/{pid}").exists() and os.getsid(pid) == pid]
 
 
 async def test_started_once_adopted_ever_after(spec: DaemonSpec) -> None:

@@ -8,7 +8,8 @@ neither twice nor lost.  What holds that:
 - Its pid file names it by (pid, start time, boot): a reused pid or a reboot is seen.
 - Between its start and the writing of the pid file we may be killed.  So its *environment* carries the pid file's path
   and the fingerprint of its configuration, and `find` falls back to a scan of /proc for a process with that
-  environment.  Its own children (containerd's shims) inherit the environment, so the command line must be the same too.
+  environment.  Its own children (containerd's shims) inherit the environment, so the command line must be the same too;
+  and a child that has forked and not yet called exec has both, so it must lead its session.
 - Who is found with another fingerprint (an upgrade, a changed setting) is stopped and started anew.
 
 Zombies: a daemon is the child of the process that started it, whichever object there knows it now; whoever notices an
@@ -92,7 +93,7 @@ class Daemon:
             return entry
         for process in all_processes():
             env = process.environ()
-            if env.get(_MARK) == str(self.spec.pidfile) and process.cmdline() == self.spec.argv and process.alive():
+            if env.get(_MARK) == str(self.spec.pidfile) and process.cmdline() == self.spec.argv and _leads(process):
                 return PidFile(process, env.get(_MARK_FINGERPRINT, ""))
         return None
 
@@ -231,6 +232,13 @@ class Daemon:
             next_step=f"Its log is {self.spec.logfile}.",
             details={"daemon": self.spec.name, "log": str(self.spec.logfile)},
         )
+
+
+def _leads(process: ProcessId) -> bool:
+    try:
+        return os.getsid(process.pid) == process.pid and process.alive()
+    except ProcessLookupError:
+        return False
 
 
 def _reap() -> None:
