@@ -206,7 +206,7 @@ def _ports(settings: Settings) -> Iterable[Check]:
 
 
 def _is_ours(pid: int | None, settings: Settings) -> bool:
-    """Whether a process is of this installation: its pid is in a pid file of ours, or its command line names our paths."""
+    """Whether a process is of this installation: its pid is in our pid files or its command line names our paths."""
     if pid is None:
         return False
     for folder in (settings.server_run, settings.node_run):
