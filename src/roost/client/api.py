@@ -13,11 +13,11 @@ from typing import IO, Any
 from roost.client.address import Address, find_server
 from roost.client.http import PIECE, Http, error_of, segment
 from roost.client.models import Document, Event, Health, LimitRequest, LogLine, RepoRequest, Workspace
-from roost.errors import RoostError, ServerUnreachable, TimedOut, from_problem
+from roost.errors import NodeUnreachable, RoostError, ServerUnreachable, TimedOut, from_problem
 
 RECONNECT_S = 30.0
 """Seconds a server may be away while somebody waits for a workspace: long enough for its restart."""
-_POLL_S = 30.0
+_POLL_S = 15.0
 _PULL_S = 3600.0
 
 
@@ -118,6 +118,10 @@ class AsyncClient:
                 return Workspace.of(found)
             except TimedOut:
                 patience.reset()
+                if not (await self.health()).node_connected:
+                    raise NodeUnreachable(
+                        f"no node is connected to the server; what is wanted of {name!r} will be done when one is"
+                    ) from None
                 await asyncio.sleep(0.05)
             except ServerUnreachable as error:
                 await patience.wait(error)

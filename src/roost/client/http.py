@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -47,6 +48,11 @@ Params = Mapping[str, str | int | float | bool | None]
 def segment(text: str) -> str:
     """One segment of a path, whatever is in it."""
     return quote(text, safe="")
+
+
+def reason_of(error: OSError) -> str:
+    """The system's words; asyncio puts its own in their place."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 def unreachable(address: Address, reason: str) -> ServerUnreachable:
@@ -144,7 +150,7 @@ class _Connection:
         except TimeoutError as error:
             raise TimedOut(f"the server at {self.address} takes nothing in for {timeout_s:g} s") from error
         except OSError as error:
-            raise unreachable(self.address, f"the connection broke ({error.strerror or error})") from error
+            raise unreachable(self.address, f"the connection broke ({reason_of(error)})") from error
 
     async def event(self, timeout_s: float) -> object:
         """The next event of the answer."""
@@ -161,7 +167,7 @@ class _Connection:
             except TimeoutError as error:
                 raise TimedOut(f"the server at {self.address} did not answer within {timeout_s:g} s") from error
             except OSError as error:
-                raise unreachable(self.address, f"the connection broke ({error.strerror or error})") from error
+                raise unreachable(self.address, f"the connection broke ({reason_of(error)})") from error
             except h11.RemoteProtocolError as error:
                 raise unreachable(self.address, f"the answer broke off ({error})") from error
 
@@ -197,7 +203,7 @@ class Http:
         except TimeoutError as error:
             raise unreachable(address, f"no connection within {CONNECT_S:g} s") from error
         except OSError as error:
-            raise unreachable(address, error.strerror or str(error)) from error
+            raise unreachable(address, reason_of(error)) from error
         try:
             yield _Connection(address, reader, writer)
         finally:

@@ -22,7 +22,7 @@ from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from roost.client.api import AsyncClient
-from roost.client.http import API, CONNECT_S, PIECE, error_of, segment, unreachable
+from roost.client.http import API, CONNECT_S, PIECE, error_of, reason_of, segment, unreachable
 from roost.errors import ExecFailed, ServerUnreachable, from_problem
 
 START_S = 60.0
@@ -76,8 +76,10 @@ async def _dial(client: AsyncClient, path: str) -> AsyncIterator[ClientConnectio
         raise error_of(error.response.status_code, bytes(error.response.body or b"")) from error
     except TimeoutError as error:
         raise unreachable(address, f"no connection within {CONNECT_S:g} s") from error
-    except (OSError, InvalidHandshake) as error:
-        raise unreachable(address, getattr(error, "strerror", None) or str(error)) from error
+    except OSError as error:
+        raise unreachable(address, reason_of(error)) from error
+    except InvalidHandshake as error:
+        raise unreachable(address, str(error)) from error
     # A vanished peer is noticed by the kernel, not by pings that a paused reader cannot answer.
     raw = connection.transport.get_extra_info("socket")
     if raw is not None and raw.family != socket.AF_UNIX:
