@@ -13,6 +13,7 @@ from pathlib import Path
 
 from roost.errors import EngineTimeout
 from roost.runtimes.protocol import Channel
+from roost.runtimes.streams import Streams
 
 PIPE_BYTES = 1 << 20
 """Linux lets anybody have this much (/proc/sys/fs/pipe-max-size); a refusal only costs speed."""
@@ -20,16 +21,15 @@ _CONNECT_S = 10.0
 _CONNECT_STEP_S = 0.001
 
 
-class Fifos:
+class Fifos(Streams):
     """Made by `open`, gone after `remove`; ends close one by one. A terminal has no stderr of its own."""
 
     def __init__(self, folder: Path, *, stdin: bool, tty: bool) -> None:
+        super().__init__()
         self.folder = folder
         self.stdin_path = str(folder / "stdin") if stdin else ""
         self.stdout_path = str(folder / "stdout")
         self.stderr_path = "" if tty else str(folder / "stderr")
-        self.writer: int | None = None
-        self.readers: dict[Channel, int] = {}
         self._placeholder: int | None = None
 
     @classmethod
@@ -78,21 +78,9 @@ class Fifos:
                 raise EngineTimeout("the container's helper does not take stdin")
             await asyncio.sleep(_CONNECT_STEP_S)
 
-    def close_writer(self) -> None:
-        if self.writer is not None:
-            os.close(self.writer)
-            self.writer = None
-
-    def close_reader(self, channel: Channel) -> None:
-        fd = self.readers.pop(channel, None)
-        if fd is not None:
-            os.close(fd)
-
     def remove(self) -> None:
         """Close every end and remove the files. Idempotent."""
-        self.close_writer()
-        for channel in list(self.readers):
-            self.close_reader(channel)
+        self.close_all()
         if self._placeholder is not None:
             os.close(self._placeholder)
             self._placeholder = None

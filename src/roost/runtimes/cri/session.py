@@ -1,8 +1,4 @@
-"""One command that runs in a container: see `execs` for how its streams work.
-
-No thread: descriptors are non-blocking and the loop's selector is asked only when there is nothing to do, so a stream
-that has data is read in a tight loop of large reads.  All waiting can be ended by the command's exit.
-"""
+"""One command that runs in a container; `execs` tells how its streams work."""
 
 from __future__ import annotations
 
@@ -23,14 +19,10 @@ from roost.runtimes.protocol import Channel, TerminalSize
 
 log = structlog.get_logger()
 
-LINGER_S = 1.0
-"""Output ends this long after the command, counted from the last byte, if somebody else still holds its pipes."""
-_READ_BYTES = 256 << 10
 _ENGINE_AWAY_S = 60.0
 """containerd may be away this long while a command is waited for."""
 _CALL_S = 15.0
 _CLOSE_S = 10.0
-_DRAIN_S = 2.0
 _EOT = b"\x04"
 
 
@@ -58,10 +50,7 @@ class CriExecSession:
         self._writing = asyncio.Lock()
         self._line_open = False
         self._stdin_ended = False
-        self._reading = False
         self._closing: asyncio.Task[None] | None = None
-        self._closed = False
-        self._waiting: set[asyncio.Future[bool]] = set()
 
     @property
     def folder(self) -> Path:
@@ -70,7 +59,7 @@ class CriExecSession:
     def begin(self, pid: int) -> None:
         """The command runs as process `pid` of this host."""
         self._pid = pid
-        self._exit = asyncio.create_task(self._await_exit(), name=f"exec {self._exec_id}")
+        self._exit = self._fifos.over = asyncio.create_task(self._await_exit(), name=f"exec {self._exec_id}")
 
     # exit
 
@@ -108,17 +97,11 @@ class CriExecSession:
 
     async def write(self, data: bytes) -> None:
         async with self._writing:
-            view = memoryview(data)
+            if self._stdin_ended:
+                return
             if self._tty and data:
                 self._line_open = not data.endswith((b"\n", b"\r", _EOT))
-            while view and self._fifos.writer is not None and not (self._stdin_ended or self._closed):
-                try:
-                    view = view[os.write(self._fifos.writer, view) :]
-                except BlockingIOError:
-                    if not await self._ready(writer=True):
-                        return
-                except BrokenPipeError:
-                    self._fifos.close_writer()
+            await self._fifos.write(data)
 
     async def close_stdin(self) -> None:
         if self._tty:
@@ -142,71 +125,8 @@ class CriExecSession:
 
     # output
 
-    async def output(self) -> AsyncIterator[tuple[Channel, bytes]]:
-        if self._reading:
-            raise InternalError("the output of a command is read once")
-        self._reading = True
-        readers = self._fifos.readers
-        while readers and not self._closed:
-            got = False
-            for channel in list(readers):
-                fd = readers.get(channel)
-                if fd is None or self._closed:  # closed by us while the caller had the floor
-                    break
-                try:
-                    data = os.read(fd, _READ_BYTES)
-                except BlockingIOError:
-                    continue
-                if not data:
-                    self._fifos.close_reader(channel)
-                    continue
-                got = True
-                yield channel, data
-            if got:
-                await asyncio.sleep(0)  # a command that never pauses must not hold the loop
-            elif not readers:
-                return
-            elif not self._over:
-                await self._ready()
-            elif not await self._ready(timeout_s=LINGER_S):
-                return
-
-    async def _ready(self, *, writer: bool = False, timeout_s: float | None = None) -> bool:
-        """Wait until a descriptor can be used; False when the command ends, we close, or the time is over first."""
-        loop = asyncio.get_running_loop()
-        wake: asyncio.Future[bool] = loop.create_future()
-
-        def ready() -> None:
-            if not wake.done():
-                wake.set_result(True)
-
-        def over(_: object) -> None:
-            if not wake.done():
-                wake.set_result(False)
-
-        running = self._exit if self._exit is not None and not self._exit.done() else None
-        if self._closed or (writer and running is None):
-            return False
-        fds = list(self._fifos.readers.values())
-        if writer:
-            fds = [self._fifos.writer] if self._fifos.writer is not None else []
-        add, remove = (loop.add_writer, loop.remove_writer) if writer else (loop.add_reader, loop.remove_reader)
-        for fd in fds:
-            add(fd, ready)
-        if running is not None:
-            running.add_done_callback(over)
-        self._waiting.add(wake)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await wake
-        except TimeoutError:
-            return False
-        finally:
-            self._waiting.discard(wake)
-            if running is not None:
-                running.remove_done_callback(over)
-            for fd in fds:
-                remove(fd)
+    def output(self) -> AsyncIterator[tuple[Channel, bytes]]:
+        return self._fifos.output()
 
     # control
 
@@ -253,20 +173,15 @@ class CriExecSession:
             raise
 
     async def _end(self) -> None:
-        # Who waits for a descriptor lets go of it before it is closed: its number will be somebody else's.
-        self._closed = True
-        while self._waiting:
-            for wake in self._waiting:
-                if not wake.done():
-                    wake.set_result(False)
-            await asyncio.sleep(0)
+        await self._fifos.release()
+        # Until the engine has forgotten the command: its DeleteProcess waits for the copying to end, 2 s at most.
+        drain = asyncio.create_task(self._fifos.drain(_CLOSE_S + _CALL_S), name=f"drain exec {self._exec_id}")
         try:
-            if self._exit is None:
-                await self._kill()  # of an earlier process of ours, or half-started
-                await self._drain()
+            if self._exit is None:  # of an earlier process of ours, or half-started
+                await self._kill()
             elif not self._exit.done():
                 await self._kill()
-                await asyncio.wait([asyncio.ensure_future(self._drain()), self._exit], timeout=_CLOSE_S)
+                await asyncio.wait([self._exit], timeout=_CLOSE_S)
             request = tasks_pb2.DeleteProcessRequest(container_id=self._engine_id, exec_id=self._exec_id)
             try:
                 await self._call_engine(methods.TASK_DELETE_PROCESS, request)
@@ -274,9 +189,10 @@ class CriExecSession:
                 if not isinstance(error, EngineFailed) or not (absent(error) or _ended(error)):
                     log.debug("exec is not forgotten by the engine", exec=self._exec_id, error=error.message)
         finally:
-            if self._exit is not None:
-                self._exit.cancel()
-                await asyncio.gather(self._exit, return_exceptions=True)
+            tasks = [drain] if self._exit is None else [drain, self._exit]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._fifos.remove()
             if self._on_close is not None:
                 self._on_close(self)
@@ -294,21 +210,6 @@ class CriExecSession:
         except RoostError as error:
             if not isinstance(error, EngineFailed):
                 log.info("a command cannot be killed", exec=self._exec_id, error=error.message)
-
-    async def _drain(self) -> None:
-        """Take what the shim still has to give, so that nothing of it stays blocked on a FIFO nobody reads."""
-        try:
-            async with asyncio.timeout(_DRAIN_S):
-                while self._fifos.readers:
-                    for channel in list(self._fifos.readers):
-                        try:
-                            if not os.read(self._fifos.readers[channel], _READ_BYTES):
-                                self._fifos.close_reader(channel)
-                        except BlockingIOError:
-                            continue
-                    await asyncio.sleep(0.005)
-        except TimeoutError:
-            return
 
 
 def _ended(error: EngineFailed) -> bool:

@@ -8,10 +8,8 @@ next process finds mounts that a killed one left.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import shutil
-import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -20,13 +18,14 @@ from pathlib import Path
 import structlog
 
 from roost import faults
-from roost.errors import EngineFailed, EngineTimeout, ImageNotFound, MissingProgram, RoostError
+from roost.errors import EngineFailed, ImageNotFound, RoostError
 from roost.linux.mount import MountFlag, mount, mounts, unmount
 from roost.runtimes.cri import methods
 from roost.runtimes.cri.config import CriConfig
 from roost.runtimes.cri.engine import Engine, absent
 from roost.runtimes.cri.images import Images
 from roost.runtimes.cri.proto import leases_pb2, mount_pb2, snapshots_pb2
+from roost.runtimes.programs import run_program
 from roost.runtimes.protocol import ImageInfo, Tool, ToolResult, VolumeName
 
 log = structlog.get_logger()
@@ -163,36 +162,3 @@ def _unmount_view(folder: Path) -> None:
         if entry.target == root:
             unmount(root, detach=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-async def run_program(argv: list[str], timeout_s: float) -> ToolResult:
-    """Run a program of ours in a process group of its own; on timeout or cancellation the group is killed.
-
-    Raises EngineTimeout, MissingProgram.
-    """
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise MissingProgram(f"{argv[0]} cannot be run: {error}") from error
-    try:
-        async with asyncio.timeout(timeout_s):
-            out, err = await process.communicate()
-    except TimeoutError as error:
-        raise EngineTimeout(f"{' '.join(argv[1:3])} took longer than {timeout_s:g} s") from error
-    finally:
-        # Whatever it left in its group goes, too: the mounts under it are about to.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        if process.returncode is None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_KILL_S):
-                    await process.wait()
-    assert process.returncode is not None
-    code = process.returncode
-    return ToolResult(code if code >= 0 else 128 - code, out, err)
