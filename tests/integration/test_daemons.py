@@ -34,6 +34,7 @@ async def spec(tmp_path: Path) -> AsyncIterator[DaemonSpec]:
     for process in all_processes():
         if process.environ().get("ROOST_DAEMON") == str(spec.pidfile):
             process.signal(signal.SIGKILL)
+            assert await asyncio.to_thread(process.wait_gone, 5)
     assert await asyncio.to_thread(Daemon(spec).find) is None
 
 
