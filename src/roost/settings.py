@@ -213,8 +213,8 @@ def config_file() -> Path:
 def load() -> Settings:
     """Read the settings once; InvalidConfig names the setting and what is wrong with it."""
     path = config_file()
-    if os.environ.get("ROOST_CONFIG") and not path.is_file():
-        raise InvalidConfig(f"ROOST_CONFIG names {path}, which is not a file")
+    if os.environ.get("ROOST_CONFIG") and not path.exists():
+        raise InvalidConfig(f"ROOST_CONFIG names {path}, which does not exist")
     try:
         return Settings()
     except ValidationError as error:

@@ -131,9 +131,9 @@ def parse_server_url(url: str, token: str | None = None) -> Address:
 
 def _toml(env: Mapping[str, str]) -> dict[str, Any]:
     path = Path(env.get("ROOST_CONFIG") or DEFAULT_CONFIG)
-    if not path.is_file():
+    if not path.exists():
         if env.get("ROOST_CONFIG"):
-            raise InvalidConfig(f"ROOST_CONFIG names {path}, which is not a file")
+            raise InvalidConfig(f"ROOST_CONFIG names {path}, which does not exist")
         return {}
     import tomllib  # 20 ms, only where there is a file
 

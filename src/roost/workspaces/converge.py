@@ -144,8 +144,8 @@ class Converger:
             start_log.close()
         total_ms = round((time.monotonic() - begun) * 1000, 3)
         facts = Facts.model_validate(start.found)
-        known = a.facts.model_copy(update=facts.model_dump(exclude_unset=True))
-        entry.assignment = a.model_copy(update={"facts": Facts.model_validate(known.model_dump())})
+        known = {**a.facts.model_dump(), **facts.model_dump(exclude_unset=True)}
+        entry.assignment = a.model_copy(update={"facts": Facts.model_validate(known)})
         self._say(a, Observed.running, facts=facts, steps=tuple(start.steps), total_ms=total_ms)
 
     async def _is_up(self, a: Assignment) -> bool:
