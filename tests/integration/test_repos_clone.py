@@ -223,12 +223,12 @@ async def test_the_total_limit(served, staging, monkeypatch):
         site.released.set()
 
 
-@pytest.mark.parametrize("lie", [{"cut_pack_at": 60}, {"spoil_pack": True}])
-async def test_a_server_that_lies_in_the_middle_of_the_pack(place, served, staging, lie):
+@pytest.mark.parametrize("lie, kind", [({"cut_pack_at": 60}, RepoUnreachable), ({"spoil_pack": True}, RepoCorrupt)])
+async def test_a_server_that_lies_in_the_middle_of_the_pack(place, served, staging, lie, kind):
     big = make_repo(place / "big", {f"f{n}": os.urandom(3000).hex() for n in range(30)})
     git(place, "clone", "-q", "--bare", big, served / "big.git")
     with GitHttp(served, **lie).running() as site:
-        with pytest.raises(RepoCorrupt):
+        with pytest.raises(kind):
             await make(f"{site.url}/big.git", staging)
 
 

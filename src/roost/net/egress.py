@@ -108,7 +108,9 @@ async def first_reachable(endpoint: Endpoint, *, timeout_s: float = _CONNECT_TIM
             except OSError as error:
                 last = error
                 continue
-            writer.close()
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
             others = tuple(one for one in endpoint.addresses if one != address)
             return Endpoint(endpoint.host, endpoint.port, (address, *others))
     raise last or OSError(f"{endpoint.host} has no address")

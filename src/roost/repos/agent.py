@@ -49,6 +49,7 @@ class AgentRelay:
         self._timeout_s = timeout_s
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._ended = False
 
     async def __aenter__(self) -> AgentRelay:
         self.path.unlink(missing_ok=True)
@@ -61,6 +62,7 @@ class AgentRelay:
     ) -> None:
         if self._server is not None:
             self._server.close()
+        self._ended = True
         for task in tuple(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -71,6 +73,8 @@ class AgentRelay:
         assert task is not None
         self._connections.add(task)
         try:
+            if self._ended:  # accepted while we were ending
+                return
             if self._user is not None and peer_uid(writer) not in (self._user[0], 0):
                 return
             while (body := await read_message(reader)) is not None:
@@ -82,8 +86,10 @@ class AgentRelay:
             # Ours to end: only __aexit__ cancels this task, and it waits for it.
             return
         finally:
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
             self._connections.discard(task)
-            writer.close()
 
     async def _reply(self, body: bytes) -> bytes:
         if not body or body[0] not in ALLOWED:

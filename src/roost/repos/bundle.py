@@ -6,6 +6,7 @@ Invariants:
   repository beside the output borrows the caller's objects through `objects/info/alternates`; the tree of uncommitted
   changes is made with a copy of the index and an object directory of our own.  So there is nothing to clean up in the
   caller's repository after Ctrl-C or kill -9; the temporary directory is all that can be left, and only by kill -9.
+  (git may renew the mtime of a loose object that it would otherwise have written again.)
 - The file is an ordinary git bundle without prerequisites: branches, tags, the upstreams of branches, HEAD, and
       refs/roost/worktree   a parentless commit: its tree is the work tree (tracked, deleted, untracked but not
                             ignored), its message one JSON document (`FORMAT`) with what refs cannot say

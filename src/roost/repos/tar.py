@@ -69,7 +69,7 @@ async def stream_tar(path: Path, *, stall_s: float = 120.0) -> AsyncIterator[byt
 
 def _widen(process: asyncio.subprocess.Process) -> None:
     """A larger pipe: fewer switches between tar and us (64 KiB by default)."""
-    # asyncio hides the pipe behind transports; the transport of fd 1 has it.
+    # asyncio hides the pipe behind transports; the transport of fd 1 has it, closed when tar was quick to end.
     transport = process._transport.get_pipe_transport(1)  # type: ignore[attr-defined]
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, ValueError):
         fcntl.fcntl(transport.get_extra_info("pipe"), fcntl.F_SETPIPE_SZ, _CHUNK)

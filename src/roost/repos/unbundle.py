@@ -158,7 +158,10 @@ async def restore(
     on_progress: OnProgress | None = None,
 ) -> Restored:
     """Make the repository `tree` (must not exist) from the bundle; the caller removes it after an error."""
-    descriptor = os.open(bundle, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(bundle, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise CloneFailed(f"the bundle cannot be read: {error.strerror}") from error
     try:
         header = await asyncio.to_thread(read_header, descriptor)
         what = "opening the bundle"
@@ -178,8 +181,6 @@ async def restore(
     if meta.shallow:
         await _append(git, tree / ".git" / "shallow", "".join(f"{oid}\n" for oid in meta.shallow))
     await _append(git, tree / ".git" / "config", config_text(meta))
-    updates = "".join(f"create {name} {oid}\n" for name, oid in header.refs.items())
-    await git.run("update-ref", "--stdin", cwd=tree, what=what, stdin=updates.encode("utf-8", "surrogateescape"))
     oids = [*header.refs.values(), *filter(None, (header.head, header.worktree, header.index))]
     reachable = "".join(f"{oid}\n" for oid in dict.fromkeys(oids)).encode()
     checked = await git.run(
@@ -187,6 +188,11 @@ async def restore(
     )
     if checked.exit_code != 0:
         raise RepoCorrupt(f"the bundle is not complete: {checked.stderr.strip()[-300:]}")
+    updates = "".join(f"create {name} {oid}\n" for name, oid in header.refs.items())
+    refs = updates.encode("utf-8", "surrogateescape")
+    created = await git.run("update-ref", "--stdin", cwd=tree, what=what, stdin=refs, check=False)
+    if created.exit_code != 0:
+        raise RepoCorrupt(f"the bundle's refs cannot be: {created.stderr.strip()[-300:]}")
     return await _check_out(git, tree, header, meta, branch, on_progress)
 
 
