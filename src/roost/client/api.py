@@ -118,13 +118,21 @@ class AsyncClient:
                 return Workspace.of(found)
             except TimedOut:
                 patience.reset()
-                if not (await self.health()).node_connected:
-                    raise NodeUnreachable(
-                        f"no node is connected to the server; what is wanted of {name!r} will be done when one is"
-                    ) from None
+                await self._check_node(name)
                 await asyncio.sleep(0.05)
             except ServerUnreachable as error:
                 await patience.wait(error)
+
+    async def _check_node(self, name: str) -> None:
+        """Raise NodeUnreachable when nobody is there who could do what is waited for."""
+        try:
+            connected = (await self.health()).node_connected
+        except (ServerUnreachable, TimedOut):
+            return
+        if not connected:
+            raise NodeUnreachable(
+                f"no node is connected to the server; what is wanted of {name!r} will be done when one is"
+            )
 
     # streams
 
