@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
 from typing import Any
 
 from roost.errors import InternalError, RoostError
-from roost.home.resolve import checked_id, resolve
-from roost.home.seed import seed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,8 +29,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Each verb imports only what it needs: both are on the path of every start.
+    from roost.home.resolve import checked_id, resolve
+
     if arguments.verb == "resolve":
         return resolve(arguments.image, arguments.image_user, arguments.user, arguments.home)
+    from roost.home.seed import seed
+
     return seed(
         image=arguments.image,
         volume=arguments.volume,
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     except RoostError as error:
         document, code = {"error": error.to_problem()}, error.exit_code
     except Exception as error:  # the program's edge: its caller reads JSON; the trace goes to stderr
+        import traceback
+
         traceback.print_exc()
         problem = InternalError(f"roost.home {arguments.verb}: {type(error).__name__}: {error}")
         document, code = {"error": problem.to_problem()}, problem.exit_code

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Callable
 from enum import IntFlag
@@ -61,7 +60,7 @@ def openat2(dir_fd: int, path: str, flags: int, resolve: Resolve, mode: int = 0)
 def _renameat2(source_fd: int, source: str, target_fd: int, target: str, flags: int) -> None:
     check(
         libc.syscall(
-            ctypes.c_long(_RENAMEAT2[platform.machine()]),
+            ctypes.c_long(_RENAMEAT2[os.uname().machine]),
             ctypes.c_long(source_fd),
             ctypes.c_char_p(os.fsencode(source)),
             ctypes.c_long(target_fd),
