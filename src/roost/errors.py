@@ -501,9 +501,14 @@ def by_code(code: str) -> type[RoostError] | None:
     return next((cls for cls in all_errors() if cls.code == code), None)
 
 
+def _family(exit_code: object) -> type[RoostError]:
+    """The family with that exit code; `Failed` when there is none."""
+    return next((family for family in RoostError.__subclasses__() if family.exit_code == exit_code), Failed)
+
+
 def from_problem(problem: Mapping[str, Any]) -> RoostError:
-    """Rebuild an error from its problem document; an unknown code becomes `Failed` with the same words."""
-    cls = by_code(str(problem.get("code", ""))) or Failed
+    """Rebuild an error from its problem document; an unknown code (a newer server's) becomes its family, same words."""
+    cls = by_code(str(problem.get("code", ""))) or _family(problem.get("exit_code"))
     details = problem.get("details")
     error = cls(
         str(problem.get("detail") or problem.get("title") or ""),
