@@ -27,6 +27,7 @@ from roost.errors import (
 )
 from roost.repos import agent
 from roost.repos.clone import CloneRequest, CloneResult, clone, sweep
+from roost.repos.git import Progress
 from roost.repos.urls import file_url, parse_url
 from roost.settings import NetSettings, RepoSettings
 from tests.integration.repos_support import (
@@ -113,7 +114,7 @@ def check_project(result: CloneResult, url: str, branch: str | None = "main") ->
 
 
 async def test_http(served, staging):
-    seen = []
+    seen: list[Progress] = []
     with GitHttp(served).running() as site:
         url = f"{site.url}/project.git"
         result = await make(url, staging, on_progress=seen.append)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from roost.errors import RepoTimeout
-from roost.repos.git import Git
+from roost.repos.git import Git, Progress
 from tests.integration.repos_support import NOBODY, wait_for
 
 
@@ -52,7 +52,7 @@ async def test_cancel_ends_the_group():
 
 
 async def test_output_is_bounded_and_split_from_progress(tmp_path):
-    seen = []
+    seen: list[Progress] = []
     script = r'!i=0; while [ $i -lt 3000 ]; do echo "noise $i https://u:secretword@h/" >&2; i=$((i+1)); done; '
     script += r'printf "Receiving objects:  50%% (1/2)\rReceiving objects: 100%% (2/2), done.\n" >&2; '
     script += "echo end >&2; exit 3"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from roost.errors import BadRef, CloneFailed, RepoCorrupt
+from roost.errors import BadRef, CloneFailed, RepoCorrupt, RepoUnreachable
 from roost.repos.bundle import FORMAT, INDEX_REF, WORKTREE_REF
 from roost.repos.git import Git, OnProgress
 from roost.repos.urls import strip_credentials
@@ -169,7 +169,10 @@ async def restore(
         await git.run(*arguments, cwd=tree.parent, what=what)
         os.lseek(descriptor, header.pack_offset, os.SEEK_SET)
         unpack = ("index-pack", "--stdin", "--fsck-objects", "-v")
-        await git.run(*unpack, cwd=tree, what=what, stdin=descriptor, on_progress=on_progress)
+        try:
+            await git.run(*unpack, cwd=tree, what=what, stdin=descriptor, on_progress=on_progress)
+        except (RepoUnreachable, CloneFailed) as error:  # a pack that ends early: here no network can be to blame
+            raise RepoCorrupt(error.message, details=error.details) from error
     finally:
         os.close(descriptor)
     meta = Meta()
