@@ -29,14 +29,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
-import grpc.aio
 import structlog
 
 from roost import faults
 from roost.errors import EngineTimeout, EngineUnreachable, InvalidConfig, MissingFeature, MissingProgram
 from roost.node.daemons import Daemon, DaemonSpec
 from roost.node.tools import PauseImage, ensure_tools, import_pause_image, pause_image
+from roost.rpc import grpc
 from roost.settings import Settings
 
 log = structlog.get_logger()

@@ -15,10 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from roost.errors import EngineFailed, EngineTimeout, EngineUnreachable, MissingFeature, RoostError
+from roost.rpc import grpc
 from roost.runtimes.cri.methods import Method, RequestT, ResponseT
 
 QUICK_S = 15.0
