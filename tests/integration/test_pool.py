@@ -355,6 +355,8 @@ def test_killed_at(state: Path, point: str) -> None:
     assert (inode is None) == (point in ("pool.make.allocated", "pool.make.formatted"))
     pool = Pool(settings(state))
     pool.open()
+    with _folder(pool.root) as fd:
+        assert 0 <= image.stat().st_size - btrfs.device_bytes(fd) < MiB, "what was cut off was not finished"
     if later:
         assert (pool.path(VolumeName("keep")) / "file").read_text() == "kept"
         assert all(v.trashed_at is not None or v.name != A for v in pool.list())

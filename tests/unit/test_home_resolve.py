@@ -201,7 +201,10 @@ def test_it_starts_quickly_because_it_imports_little() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30, check=True)
     loaded = set(done.stdout.split())
     assert not loaded & {"pydantic", "typer", "rich", "structlog", "asyncio", "sqlalchemy", "grpc"}
-    code = "import sys, roost.home.__main__, roost.home.seed; print(' '.join(m for m in sys.modules if m.startswith('roost.')))"
+    code = (
+        "import sys, roost.home.__main__, roost.home.seed; "
+        "print(' '.join(m for m in sys.modules if m.startswith('roost.')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30, check=True)
     rooms = {name.split(".")[1] for name in done.stdout.split()}
     assert rooms == {"home", "linux", "errors", "faults"}

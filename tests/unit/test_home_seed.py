@@ -151,22 +151,22 @@ def test_again_is_quick_and_changes_nothing(place: Place) -> None:
     assert snapshot(place.volume) == before
 
 
-def test_what_is_there_stays(place: Place) -> None:
+def test_what_is_there_stays(place: Place, tmp_path: Path) -> None:
     furnish(place.home)
+    outside = tmp_path / "outside"
+    outside.mkdir()
     (place.volume / ".bashrc").write_text("mine")
-    (place.volume / ".ssh").symlink_to("/etc")  # a directory in the image
+    (place.volume / ".ssh").symlink_to(outside)  # a directory in the image
     (place.volume / "link").mkdir()
     (place.volume / "shared").mkdir(mode=0o701)
     (place.volume / "shared/tool").symlink_to("nowhere")
     (place.volume / "shared/tool2").write_text("mine too")
     before = snapshot(place.volume)
-    etc = snapshot(Path("/etc/ssl"), mtimes=True) if Path("/etc/ssl").is_dir() else None
     result = place.seed()
     assert result["state"] == "seeded" and result["kept"] == 4
     after = snapshot(place.volume)
     assert {path: after[path] for path in before if path != "."} == {p: v for p, v in before.items() if p != "."}
-    assert not Path("/etc/id").exists()
-    assert etc is None or snapshot(Path("/etc/ssl")) == etc
+    assert list(outside.iterdir()) == []
     paths = {entry["path"] for entry in place.manifest()}
     assert paths == {"tool", "pipe", "sparse", os.fsdecode(b"latin-\xe9"), "empty"}
     assert result["files"] == 4
@@ -350,7 +350,7 @@ names = st.sampled_from(["a", "b", "c", ".config", "lost+found"])
 nodes = st.recursive(
     st.one_of(
         st.tuples(st.just("file"), st.binary(max_size=64), st.sampled_from([0o600, 0o644, 0o4755])),
-        st.tuples(st.just("link"), st.sampled_from(["/etc", "..", "a", "nowhere"])),
+        st.tuples(st.just("link"), st.sampled_from(["/nowhere", "a", "../b", "nowhere"])),
         st.tuples(st.just("fifo")),
     ),
     lambda inner: st.tuples(
