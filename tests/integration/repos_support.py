@@ -31,11 +31,13 @@ _IDENTITY = {
     "GIT_COMMITTER_EMAIL": "t@t",
     "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_CONFIG_COUNT": "2",
+    "GIT_CONFIG_COUNT": "3",
     "GIT_CONFIG_KEY_0": "init.defaultBranch",
     "GIT_CONFIG_VALUE_0": "main",
     "GIT_CONFIG_KEY_1": "protocol.file.allow",
     "GIT_CONFIG_VALUE_1": "always",
+    "GIT_CONFIG_KEY_2": "gc.auto",  # a gc in the background would outlive the test
+    "GIT_CONFIG_VALUE_2": "0",
 }
 
 
