@@ -73,13 +73,13 @@ class TestEngine:
             path.unlink(missing_ok=True)
 
     def runtime(self, **changes: object) -> CriRuntime:
-        return CriRuntime(self.config(**changes))
+        return CriRuntime(self.config(**changes))  # type: ignore[arg-type]
 
     def config(self, *, volumes: VolumeStore | None = None, **changes: object) -> CriConfig:
         def prepare(name: str, limits: Limits) -> None:
             group = Group(name.lstrip("/"))
             group.create()
-            group.set_pids(limits.pids)
+            group.set_pids(limits.pids or None)
 
         values: dict[str, object] = {
             "socket": self.containerd.socket,

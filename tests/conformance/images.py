@@ -108,7 +108,9 @@ def sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def build(*layers: Layer, user: str = "dev", env: tuple[str, ...] = ("FROM_IMAGE=yes",), compress: bool = False) -> BuiltImage:
+def build(
+    *layers: Layer, user: str = "dev", env: tuple[str, ...] = ("FROM_IMAGE=yes",), compress: bool = False
+) -> BuiltImage:
     """An image of the base layer and these above it."""
     tars = [layer.tar() for layer in (base_layer(), *layers)]
     blobs = [gzip.compress(tar, 1, mtime=0) if compress else tar for tar in tars]

@@ -20,6 +20,7 @@ from roost.runtimes.protocol import Channel
 LINGER_S = 1.0
 """Output ends this long after the command, counted from the last byte, if somebody else still holds its pipes."""
 READ_BYTES = 256 << 10
+_DRAIN_STEP_S = 0.005
 
 
 class Streams:
@@ -134,20 +135,19 @@ class Streams:
                     wake.set_result(False)
             await asyncio.sleep(0)
 
-    async def drain(self, timeout_s: float) -> None:
-        """After `release`: read and drop what still comes, until the pipes are closed or the time is over."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self.readers:
-                    for channel in list(self.readers):
-                        while data := _read(self.readers[channel]):
-                            del data
-                            await asyncio.sleep(0)
-                        if data is not None:
-                            self.close_reader(channel)
-                    await asyncio.sleep(0.005)
-        except TimeoutError:
-            return
+    async def drain(self) -> None:
+        """After `release`: read and drop whatever comes, until cancelled.
+
+        Nothing is closed: who is about to open its end of a FIFO must find ours.
+        """
+        while True:
+            for fd in list(self.readers.values()):
+                if _read(fd):
+                    break
+            else:
+                await asyncio.sleep(_DRAIN_STEP_S)
+                continue
+            await asyncio.sleep(0)
 
     def close_all(self) -> None:
         """Close every end. Idempotent."""

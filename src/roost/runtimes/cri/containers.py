@@ -245,6 +245,10 @@ class Containers:
             await asyncio.sleep(0.1)
 
     async def start(self, container: ContainerId) -> None:
+        async with self._lock(container):
+            await self._start(container)
+
+    async def _start(self, container: ContainerId) -> None:
         found = await self.find(container)
         if found.state == cri_pb2.CONTAINER_RUNNING:
             return
@@ -256,10 +260,19 @@ class Containers:
         try:
             await self._engine.call(methods.START_CONTAINER, request, timeout_s=self._config.call_timeout_s)
         except EngineFailed as error:
-            again = await self.find(container)
-            if again.state != cri_pb2.CONTAINER_RUNNING:
+            # One of an earlier process of ours may be under way in the engine.
+            under_way = "already in starting state" in said(error)
+            if not await self._comes_up(container, self._config.call_timeout_s if under_way else 0.0):
                 raise EngineFailed(f"{container} did not start: {said(error)}", details=error.details) from error
         faults.point("cri.start.started")
+
+    async def _comes_up(self, container: ContainerId, timeout_s: float) -> bool:
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            state = (await self.find(container)).state
+            if state != cri_pb2.CONTAINER_CREATED or asyncio.get_running_loop().time() >= deadline:
+                return state == cri_pb2.CONTAINER_RUNNING
+            await asyncio.sleep(0.05)
 
     async def stop(self, container: ContainerId, grace_s: float) -> None:
         for found in await self.listed(container):

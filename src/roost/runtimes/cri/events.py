@@ -7,6 +7,7 @@ listens looks at everything once after it began to.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from google.protobuf.message import DecodeError
@@ -16,11 +17,12 @@ from roost.runtimes.cri import methods
 from roost.runtimes.cri.containers import Containers
 from roost.runtimes.cri.engine import Engine
 from roost.runtimes.cri.podspec import name_of
-from roost.runtimes.cri.proto import events_pb2, taskevents_pb2
+from roost.runtimes.cri.proto import cri_pb2, events_pb2, taskevents_pb2
 from roost.runtimes.protocol import ContainerId, RuntimeEvent
 
 _TOPICS = ("/tasks/start", "/tasks/exit", "/tasks/oom", "/tasks/delete")
 _REMEMBERED = 4096
+_SETTLE_S = 2.0
 
 
 class Events:
@@ -39,9 +41,21 @@ class Events:
             if engine_id is None:
                 continue
             name = await self._name(engine_id)
-            if name is not None:
-                yield RuntimeEvent(name)
+            if name is None:
+                continue
+            if envelope.topic in ("/tasks/exit", "/tasks/delete"):
+                await self._settled(engine_id)
+            yield RuntimeEvent(name)
         raise EngineUnreachable("containerd ended its event stream")
+
+    async def _settled(self, engine_id: str) -> None:
+        """CRI hears of an end by the same stream as we do: return when its answer has changed."""
+        deadline = asyncio.get_running_loop().time() + _SETTLE_S
+        while asyncio.get_running_loop().time() < deadline:
+            found = await self._containers.listed(engine_id=engine_id)
+            if all(item.state != cri_pb2.CONTAINER_RUNNING for item in found):
+                return
+            await asyncio.sleep(0.01)
 
     async def _name(self, engine_id: str) -> ContainerId | None:
         if engine_id not in self._names:

@@ -29,6 +29,7 @@ import asyncio
 import json
 import secrets
 import shutil
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ log = structlog.get_logger()
 
 _PROCESS_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Process"
 _CACHED_SPECS = 256
+_CLEANUP_S = 5.0
 
 
 class Execs:
@@ -78,36 +80,52 @@ class Execs:
         fifos = Fifos(self._folder / f"{found.id}.{exec_id}", stdin=spec.stdin or tty, tty=tty)
         session = CriExecSession(self._engine, found.id, exec_id, fifos, tty=tty, on_close=self._closed)
         self._sessions.add(session)
+        # A start that is cut off in the middle goes on in the shim, where it holds the process and waits for our ends
+        # of the FIFOs.  So it is never cut off: who is cancelled leaves it to end, and then to be killed.
+        starting = asyncio.create_task(self._begin(session, fifos, process, tty=tty), name=f"start exec {exec_id}")
         try:
-            fifos.open()
-            request = tasks_pb2.ExecProcessRequest(
-                container_id=found.id,
-                exec_id=exec_id,
-                stdin=fifos.stdin_path,
-                stdout=fifos.stdout_path,
-                stderr=fifos.stderr_path,
-                terminal=tty,
-            )
-            request.spec.type_url = _PROCESS_TYPE
-            request.spec.value = json.dumps(process).encode()
-            await self._engine.call(methods.TASK_EXEC, request, timeout_s=self._config.call_timeout_s)
-            faults.point("cri.exec.made")
-            started = await self._engine.call(
-                methods.TASK_START,
-                tasks_pb2.StartRequest(container_id=found.id, exec_id=exec_id),
-                timeout_s=self._config.call_timeout_s,
-            )
-            await fifos.connected()
-            session.begin(started.pid)
-            if tty and not spec.stdin:
-                await session.close_stdin()
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await _bounded(self._abandon(starting, session))
+            raise
         except EngineFailed as error:
-            await session.abandon()
+            await session.close()
             raise await self._why(container, spec, error) from error
         except BaseException:
-            await session.abandon()
+            await session.close()
             raise
+        if tty and not spec.stdin:
+            await session.close_stdin()
         return session
+
+    async def _begin(self, session: CriExecSession, fifos: Fifos, process: dict[str, Any], *, tty: bool) -> None:
+        fifos.open()
+        request = tasks_pb2.ExecProcessRequest(
+            container_id=session.engine_id,
+            exec_id=session.exec_id,
+            stdin=fifos.stdin_path,
+            stdout=fifos.stdout_path,
+            stderr=fifos.stderr_path,
+            terminal=tty,
+        )
+        request.spec.type_url = _PROCESS_TYPE
+        request.spec.value = json.dumps(process).encode()
+        await self._engine.call(methods.TASK_EXEC, request, timeout_s=self._config.call_timeout_s)
+        faults.point("cri.exec.made")
+        started = await self._engine.call(
+            methods.TASK_START,
+            tasks_pb2.StartRequest(container_id=session.engine_id, exec_id=session.exec_id),
+            timeout_s=self._config.call_timeout_s,
+        )
+        await fifos.connected()
+        session.begin(started.pid)
+
+    @staticmethod
+    async def _abandon(starting: asyncio.Task[None], session: CriExecSession) -> None:
+        await asyncio.wait([starting])
+        if not starting.cancelled() and (error := starting.exception()) is not None:
+            log.debug("a cancelled exec would have failed", error=str(error))
+        await session.close()
 
     def _closed(self, session: CriExecSession) -> None:
         self._sessions.discard(session)
@@ -154,7 +172,7 @@ class Execs:
         fifos = Fifos.left_behind(folder)
         session = CriExecSession(self._engine, engine_id, exec_id, fifos, tty=False)
         try:
-            await session.abandon()
+            await session.close()
         except RoostError as error:
             log.warning("an exec of an earlier run stays", folder=folder.name, error=error.message)
             return
@@ -200,3 +218,14 @@ def exec_error(spec: ExecSpec, text: str) -> RoostError:
     if any(word in lower for word in ("permission denied", "exec format error", "is a directory")):
         return ExecNotExecutable(f"{command}: {words}")
     return ExecFailed(f"{command}: {words}")
+
+
+async def _bounded(work: Coroutine[Any, Any, None]) -> None:
+    """Give a clean-up a while although we are being cancelled; then it ends by itself."""
+    task = asyncio.create_task(work)
+    _cleanups.add(task)
+    task.add_done_callback(_cleanups.discard)
+    await asyncio.wait([task], timeout=_CLEANUP_S)
+
+
+_cleanups: set[asyncio.Task[None]] = set()

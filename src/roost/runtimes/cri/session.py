@@ -40,8 +40,8 @@ class CriExecSession:
         on_close: Callable[[CriExecSession], None] | None = None,
     ) -> None:
         self._engine = engine
-        self._engine_id = engine_id
-        self._exec_id = exec_id
+        self.engine_id = engine_id
+        self.exec_id = exec_id
         self._fifos = fifos
         self._tty = tty
         self._on_close = on_close
@@ -59,12 +59,12 @@ class CriExecSession:
     def begin(self, pid: int) -> None:
         """The command runs as process `pid` of this host."""
         self._pid = pid
-        self._exit = self._fifos.over = asyncio.create_task(self._await_exit(), name=f"exec {self._exec_id}")
+        self._exit = self._fifos.over = asyncio.create_task(self._await_exit(), name=f"exec {self.exec_id}")
 
     # exit
 
     async def _await_exit(self) -> int:
-        request = tasks_pb2.WaitRequest(container_id=self._engine_id, exec_id=self._exec_id)
+        request = tasks_pb2.WaitRequest(container_id=self.engine_id, exec_id=self.exec_id)
         loop = asyncio.get_running_loop()
         away_since: float | None = None
         while True:
@@ -116,7 +116,7 @@ class CriExecSession:
             if not self._fifos.stdin_path:
                 return
             self._fifos.close_writer()
-            request = tasks_pb2.CloseIORequest(container_id=self._engine_id, exec_id=self._exec_id, stdin=True)
+            request = tasks_pb2.CloseIORequest(container_id=self.engine_id, exec_id=self.exec_id, stdin=True)
             try:
                 await self._call_engine(methods.TASK_CLOSE_IO, request)
             except EngineFailed as error:
@@ -132,12 +132,12 @@ class CriExecSession:
 
     async def resize(self, size: TerminalSize) -> None:
         request = tasks_pb2.ResizePtyRequest(
-            container_id=self._engine_id, exec_id=self._exec_id, width=size.columns, height=size.rows
+            container_id=self.engine_id, exec_id=self.exec_id, width=size.columns, height=size.rows
         )
         await self._tell(methods.TASK_RESIZE, request)
 
     async def signal(self, number: int) -> None:
-        request = tasks_pb2.KillRequest(container_id=self._engine_id, exec_id=self._exec_id, signal=number)
+        request = tasks_pb2.KillRequest(container_id=self.engine_id, exec_id=self.exec_id, signal=number)
         await self._tell(methods.TASK_KILL, request)
 
     async def _tell(
@@ -160,34 +160,25 @@ class CriExecSession:
 
     async def close(self) -> None:
         if self._closing is None:
-            self._closing = asyncio.create_task(self._end(), name=f"close exec {self._exec_id}")
+            self._closing = asyncio.create_task(self._end(), name=f"close exec {self.exec_id}")
         await asyncio.shield(self._closing)
-
-    async def abandon(self) -> None:
-        """Close what may or may not have been started; complete even if our task is cancelled meanwhile."""
-        try:
-            await self.close()
-        except asyncio.CancelledError:
-            if self._closing is not None:
-                await asyncio.wait([self._closing], timeout=_CLOSE_S)
-            raise
 
     async def _end(self) -> None:
         await self._fifos.release()
         # Until the engine has forgotten the command: its DeleteProcess waits for the copying to end, 2 s at most.
-        drain = asyncio.create_task(self._fifos.drain(_CLOSE_S + _CALL_S), name=f"drain exec {self._exec_id}")
+        drain = asyncio.create_task(self._fifos.drain(), name=f"drain exec {self.exec_id}")
         try:
             if self._exit is None:  # of an earlier process of ours, or half-started
                 await self._kill()
             elif not self._exit.done():
                 await self._kill()
                 await asyncio.wait([self._exit], timeout=_CLOSE_S)
-            request = tasks_pb2.DeleteProcessRequest(container_id=self._engine_id, exec_id=self._exec_id)
+            request = tasks_pb2.DeleteProcessRequest(container_id=self.engine_id, exec_id=self.exec_id)
             try:
                 await self._call_engine(methods.TASK_DELETE_PROCESS, request)
             except RoostError as error:
                 if not isinstance(error, EngineFailed) or not (absent(error) or _ended(error)):
-                    log.debug("exec is not forgotten by the engine", exec=self._exec_id, error=error.message)
+                    log.debug("exec is not forgotten by the engine", exec=self.exec_id, error=error.message)
         finally:
             tasks = [drain] if self._exit is None else [drain, self._exit]
             for task in tasks:
@@ -204,12 +195,12 @@ class CriExecSession:
                 os.killpg(self._pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
-        request = tasks_pb2.KillRequest(container_id=self._engine_id, exec_id=self._exec_id, signal=int(signal.SIGKILL))
+        request = tasks_pb2.KillRequest(container_id=self.engine_id, exec_id=self.exec_id, signal=int(signal.SIGKILL))
         try:
             await self._call_engine(methods.TASK_KILL, request)
         except RoostError as error:
             if not isinstance(error, EngineFailed):
-                log.info("a command cannot be killed", exec=self._exec_id, error=error.message)
+                log.info("a command cannot be killed", exec=self.exec_id, error=error.message)
 
 
 def _ended(error: EngineFailed) -> bool:

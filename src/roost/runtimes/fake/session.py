@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import struct
+import subprocess
 import termios
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,7 +18,6 @@ from roost.runtimes.protocol import Channel, TerminalSize
 from roost.runtimes.streams import Streams
 
 _EOT = b"\x04"
-_DRAIN_S = 0.5
 
 
 class FakeSession(Streams):
@@ -26,7 +26,7 @@ class FakeSession(Streams):
     def __init__(self, on_close: Callable[[FakeSession], None]) -> None:
         super().__init__()
         self._on_close = on_close
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._tty: int | None = None
         self._line_open = False
         self._writing = asyncio.Lock()
@@ -38,10 +38,10 @@ class FakeSession(Streams):
         """Start it. Raises OSError as execve(2) does."""
         if tty is not None:
             ours, theirs = os.openpty()
-            self._tty = ours
             _set_size(ours, tty)
             ends = [theirs, theirs, theirs]
-            self.readers[Channel.stdout], self.writer = ours, os.dup(ours)
+            # One more of it, held to the end: closing the last hangs up, and a command may close its side, then go on.
+            self.readers[Channel.stdout], self.writer, self._tty = ours, os.dup(ours), os.dup(ours)
         else:
             pairs = [os.pipe2(os.O_CLOEXEC) for _ in Channel]
             self.readers = {channel: pair[0] for channel, pair in zip(Channel, pairs, strict=True)}
@@ -52,13 +52,15 @@ class FakeSession(Streams):
             ends = [their_stdin, *(pair[1] for pair in pairs)]
         for fd in (*self.readers.values(), *([self.writer] if self.writer is not None else [])):
             os.set_blocking(fd, False)
+        # `setsid --ctty` makes the terminal the command's own; it is our child, no group leader, so its pid stays.
+        prefix = ["setsid", "--ctty"] if tty is not None else []
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *argv, cwd=cwd, env=dict(env), stdin=ends[0], stdout=ends[1], stderr=ends[2], start_new_session=True,
-                preexec_fn=_take_terminal if tty is not None else None,
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - quick, and cannot be cancelled half-way
+                [*prefix, *argv], cwd=cwd, env=dict(env), stdin=ends[0], stdout=ends[1], stderr=ends[2],
+                start_new_session=tty is None,
             )  # fmt: skip
         except BaseException:
-            self.close_all()
+            self._close_fds()
             raise
         finally:
             for fd in set(ends):
@@ -68,8 +70,17 @@ class FakeSession(Streams):
             await self.close_stdin()
 
     @staticmethod
-    async def _await_exit(process: asyncio.subprocess.Process) -> int:
-        code = await process.wait()
+    async def _await_exit(process: subprocess.Popen[bytes]) -> int:
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        pidfd = os.pidfd_open(process.pid)
+        loop.add_reader(pidfd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+        code = process.wait()
         return code if code >= 0 else 128 - code
 
     async def wait(self) -> int:
@@ -90,7 +101,7 @@ class FakeSession(Streams):
             self.close_writer()
 
     async def resize(self, size: TerminalSize) -> None:
-        if self._tty is not None and Channel.stdout in self.readers:
+        if self._tty is not None:
             _set_size(self._tty, size)
 
     async def signal(self, number: int) -> None:
@@ -111,13 +122,18 @@ class FakeSession(Streams):
         await self.release()
         self.kill()
         if self.over is not None:
-            await asyncio.gather(self.over, self.drain(_DRAIN_S), return_exceptions=True)
-        self.close_all()
+            drain = asyncio.create_task(self.drain())
+            await asyncio.gather(self.over, return_exceptions=True)
+            drain.cancel()
+            await asyncio.gather(drain, return_exceptions=True)
+        self._close_fds()
         self._on_close(self)
 
-
-def _take_terminal() -> None:
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    def _close_fds(self) -> None:
+        self.close_all()
+        if self._tty is not None:
+            os.close(self._tty)
+            self._tty = None
 
 
 def _set_size(fd: int, size: TerminalSize) -> None:
