@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from roost.node import doctor
 from roost.settings import RegistrySettings, ServerSettings, Settings
 

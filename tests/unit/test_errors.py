@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from roost import errors
 
+from roost import errors
 from scripts import reference
 
 FAMILIES = {"Failed": 1, "Usage": 2, "NotFound": 3, "Conflict": 4, "Refused": 5, "Unavailable": 6, "TimedOut": 7}

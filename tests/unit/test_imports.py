@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_imports_point_downwards():
     lint = Path(sys.prefix) / "bin" / "lint-imports"
-    done = subprocess.run(
-        [lint, "--no-cache"], cwd=ROOT, env={"PYTHONPATH": "src", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
-    )
+    environment = {"PYTHONPATH": "src", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([lint, "--no-cache"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

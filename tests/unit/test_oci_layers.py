@@ -8,6 +8,7 @@ import io
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from roost.oci.layers import LayerWriter, digest_bytes, digest_file
 
 

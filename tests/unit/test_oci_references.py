@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from roost.errors import InvalidReference
 from roost.oci.references import (
     ArchiveReference,
@@ -76,7 +79,7 @@ def test_what_is_none(text, says):
 
 
 def test_files():
-    assert parse("oci:/srv/layout:v1") == LayoutReference(parse("oci:/srv/layout:v1").directory, "v1")
+    assert parse("oci:/srv/layout:v1") == LayoutReference(Path("/srv/layout"), "v1")
     assert str(parse("oci:/srv/layout")) == "oci:/srv/layout"
     archive = parse("docker-archive:/srv/a.tar:debian:12")
     assert isinstance(archive, ArchiveReference) and archive.tag == "docker.io/library/debian:12"

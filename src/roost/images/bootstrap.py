@@ -7,47 +7,37 @@ layer; nothing is pulled.  The steps and what a kill leaves of them:
    a description that is there names a layer that is complete.  The key covers suite, architecture, packages and RECIPE.
 2. Blobs, then the manifest, go to the registry, each only if it is not there.  A tag points to a complete image or to
    what it pointed to before.
-
-mmdebstrap mounts /proc, /sys and /dev in its root and starts many programs.  It runs in a mount and a pid namespace of
-its own (unshare(1)) that dies with us (`--pdeathsig`, `--kill-child`), so that neither an interrupt nor a kill leaves a
-mount or a process behind; the directory it worked in is removed at once or by the next build.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
-import signal
-import subprocess
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 from roost import faults
-from roost.errors import HostDiskFull, ImageBuildFailed, InvalidRequest, MissingProgram, NeedsRoot
-from roost.oci.layers import CHUNK_BYTES, IMAGE_CONFIG, IMAGE_MANIFEST, Layer, LayerWriter, digest_bytes
+from roost.errors import HostDiskFull, InvalidRequest, MissingProgram, NeedsRoot
+from roost.images import apt_sources, mmdebstrap
+from roost.images.mmdebstrap import Progress
+from roost.oci.layers import IMAGE_CONFIG, IMAGE_MANIFEST, Layer, LayerWriter, digest_bytes
 from roost.oci.references import Digest, Reference, is_plain_http, parse_remote
 from roost.oci.registry import RegistryClient
-
-Progress = Callable[[str, float | None], None]
-"""What is being done, and the part of it that is done (0..1), where known."""
 
 RECIPE = 1
 """Raise when the recipe below changes what an image holds."""
 
 BASE_PACKAGES = ("ca-certificates", "curl", "git", "less", "openssh-client", "procps", "python3", "sudo")
 USER, UID = "vscode", 1000
-BUILD_TIMEOUT_S = 1800.0
 _FREE_BYTES = 2 << 30
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9]+)?([=/][A-Za-z0-9.+:~-]+)?")
 _SUITE = re.compile(r"[a-z][a-z0-9.-]*")
@@ -98,7 +88,7 @@ def bootstrap(
     """Build a Debian image with `packages` beside the usual and push it to `registry` as `name:latest`.
 
     `registry` is `host:port`; `suite` a Debian or Ubuntu release that the host's mirrors have, None: the host's own.
-    Blocks, for up to BUILD_TIMEOUT_S. Raises InvalidRequest, NeedsRoot, MissingProgram, HostDiskFull, ImageBuildFailed
+    Blocks, for minutes. Raises InvalidRequest, NeedsRoot, MissingProgram, HostDiskFull, ImageBuildFailed
     with the end of mmdebstrap's log, RegistryUnreachable.
     """
     started = time.monotonic()
@@ -110,8 +100,7 @@ def bootstrap(
     for package in wanted:
         if not _PACKAGE.fullmatch(package):
             raise InvalidRequest(f"{package!r} is not the name of a Debian package")
-    host_suite = _host_suite()
-    chosen = suite or host_suite
+    chosen = suite or apt_sources.host_suite()
     if not _SUITE.fullmatch(chosen):
         raise InvalidRequest(f"{chosen!r} is not the name of a Debian or Ubuntu release")
     architecture = _ARCHITECTURES.get(platform.machine(), platform.machine())
@@ -125,7 +114,7 @@ def bootstrap(
             layer = _cached_layer(folder, key)
             cached = layer is not None
             if layer is None:
-                layer = _build(folder, key, chosen, host_suite, wanted, progress)
+                layer = _build(folder, key, chosen, wanted, progress)
             faults.point("bootstrap.built")
             digest = _push(client, reference, folder / f"{key}.tar.gz", layer, chosen, architecture, wanted, progress)
     return BootstrapResult(str(reference), digest, layer.size_bytes, round(time.monotonic() - started, 3), cached)
@@ -134,19 +123,9 @@ def bootstrap(
 # --- the layer ----------------------------------------------------------------------------------------------------
 
 
-def _host_suite() -> str:
-    values = {}
-    for line in Path("/etc/os-release").read_text().splitlines():
-        name, _, value = line.partition("=")
-        values[name] = value.strip('"')
-    return values.get("VERSION_CODENAME") or "bookworm"
-
-
 @contextmanager
 def _locked(folder: Path, key: str, progress: Progress) -> Iterator[None]:
     """One build of a key at a time; the second waits and finds it done."""
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{key}.lock").open("w") as lock:
         try:
@@ -169,7 +148,7 @@ def _cached_layer(folder: Path, key: str) -> Layer | None:
     return None
 
 
-def _build(folder: Path, key: str, suite: str, host_suite: str, packages: tuple[str, ...], progress: Progress) -> Layer:
+def _build(folder: Path, key: str, suite: str, packages: tuple[str, ...], progress: Progress) -> Layer:
     if os.geteuid() != 0:
         raise NeedsRoot("building an image needs root")
     if shutil.which("mmdebstrap") is None:
@@ -184,7 +163,7 @@ def _build(folder: Path, key: str, suite: str, host_suite: str, packages: tuple[
         work = Path(scratch)
         work.chmod(0o755)  # apt's own user reads what is in it
         blob = work / "layer.tar.gz"
-        layer = _run_mmdebstrap(work, blob, suite, host_suite, packages, progress)
+        layer = _run_mmdebstrap(work, blob, suite, packages, progress)
         with blob.open("rb") as file:
             os.fsync(file.fileno())
         faults.point("bootstrap.layer-written")
@@ -203,16 +182,11 @@ def _sweep(folder: Path, key: str) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _run_mmdebstrap(
-    work: Path, blob: Path, suite: str, host_suite: str, packages: tuple[str, ...], progress: Progress
-) -> Layer:
+def _run_mmdebstrap(work: Path, blob: Path, suite: str, packages: tuple[str, ...], progress: Progress) -> Layer:
     customize = work / "customize"
     customize.write_text(f"#!/bin/sh{_CUSTOMIZE}")
     customize.chmod(0o755)
-    argv = [
-        *("setpriv", "--pdeathsig", "KILL"),
-        *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
-        "mmdebstrap",
+    options = [
         "--mode=root",
         "--variant=minbase",
         "--format=tar",
@@ -224,162 +198,19 @@ def _run_mmdebstrap(
         "--dpkgopt=path-include=/usr/share/doc/*/copyright",
         "--dpkgopt=path-exclude=/usr/share/locale/*",
         f"--customize-hook={customize}",
-        suite,
-        "-",
-        *_sources(work, suite, host_suite),
     ]
-    environment = {
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "LC_ALL": "C.UTF-8",
-        "HOME": "/root",
-        "TMPDIR": str(work),
-        "DEBIAN_FRONTEND": "noninteractive",
-        # mmdebstrap clamps the times in the tar to it: equal inputs give equal layers. 1980: zip knows none before.
-        "SOURCE_DATE_EPOCH": "315532800",
-    }
-    for name in ("http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if name in os.environ:
-            environment[name] = os.environ[name]
+    lines = apt_sources.for_suite(suite)
+    source_list = work / "sources.list"
+    source_list.write_text("\n".join(lines) + "\n")
+    # Without lines mmdebstrap takes Debian's own mirror.
+    what = [suite, "-", *([str(source_list)] if lines else [])]
     progress(f"Debian packages ({suite})", 0.0)
-    process = subprocess.Popen(
-        argv,
-        env=environment,
-        cwd=work,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    tail: deque[str] = deque(maxlen=200)
-    reader = threading.Thread(target=_read_log, args=(process.stderr, tail, progress), daemon=True)
-    reader.start()
-    overdue = threading.Timer(BUILD_TIMEOUT_S, _kill, [process])
-    overdue.start()
-    try:
-        with blob.open("wb") as out, LayerWriter(out) as writer:
-            while data := process.stdout.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
-                if writer.tar_bytes == 0:
-                    progress("compressing the layer", None)
-                writer.write(data)
-        code = process.wait()
-    except BaseException:
-        _kill(process)
-        raise
-    finally:
-        overdue.cancel()
-        process.stdout.close()
-        reader.join(5.0)
-        process.stderr.close()
-    if code != 0:
-        if not overdue.is_alive() and code == -signal.SIGKILL:
-            tail.append(f"(killed after {BUILD_TIMEOUT_S:g} s)")
-        lines = _telling_lines(tail)
-        raise ImageBuildFailed(
-            f"mmdebstrap ended with {code}: {lines[-1] if lines else 'no output'}",
-            next_step="Check the package names and the host's apt sources; the end of the log is in the details.",
-            details={"log": lines[-20:]},
-        )
+    if set(packages) - set(BASE_PACKAGES):
+        # A name that does not exist is found by apt's simulation in seconds, else after the base system is installed.
+        mmdebstrap.run(["--simulate", *options, *what], work, lambda data: None, lambda text, part: None)
+    with blob.open("wb") as out, LayerWriter(out) as writer:
+        mmdebstrap.run([*options, *what], work, writer.write, progress)
     return writer.close()
-
-
-def _sources(work: Path, suite: str, host_suite: str) -> list[str]:
-    """What mmdebstrap takes the packages from: the host's own apt sources for the host's release, so that local mirrors
-    work; for another release the host's first mirror, with that suite."""
-    lines = list(_host_sources())
-    own = [line for line in lines if _suite_of(line).split("-")[0].split("/")[0] == host_suite]
-    distribution = [line for line in own if _is_distribution(line)]
-    if suite == host_suite:
-        chosen = distribution or own
-    else:
-        mirrors = [line for line in distribution if _suite_of(line) == host_suite]
-        chosen = [line.replace(f" {host_suite} ", f" {suite} ", 1) for line in mirrors[:1]]
-    if not chosen:
-        return []  # mmdebstrap's own default: Debian's
-    file = work / "sources.list"
-    file.write_text("\n".join(chosen) + "\n")
-    return [str(file)]
-
-
-def _host_sources() -> Iterator[str]:
-    """Every enabled binary source of the host, as one-line entries (sources.list(5)), deb822 files too."""
-    root = Path("/etc/apt")
-    for file in (root / "sources.list", *sorted((root / "sources.list.d").glob("*.list"))):
-        if file.is_file():
-            for line in file.read_text(errors="replace").splitlines():
-                text = line.partition("#")[0].strip()
-                if text.startswith(("deb ", "deb\t")):
-                    yield re.sub(r"\s+", " ", text)
-    for file in sorted((root / "sources.list.d").glob("*.sources")):
-        for block in re.split(r"\n\s*\n", file.read_text(errors="replace")):
-            fields: dict[str, str] = {}
-            last = ""
-            for line in block.splitlines():
-                if line.startswith("#"):
-                    continue
-                if line[:1].isspace():
-                    fields[last] = f"{fields.get(last, '')}\n{line.strip()}"
-                elif ":" in line:
-                    last, _, value = line.partition(":")
-                    last = last.strip().lower()
-                    fields[last] = value.strip()
-            if "deb" not in fields.get("types", "").split() or fields.get("enabled", "yes").lower() in ("no", "false"):
-                continue
-            key = fields.get("signed-by", "")
-            options = f"[signed-by={key}] " if key.startswith("/") else ""
-            for uri in fields.get("uris", "").split():
-                for suite in fields.get("suites", "").split():
-                    yield f"deb {options}{uri} {suite} {' '.join(fields.get('components', '').split())}".strip()
-
-
-def _suite_of(line: str) -> str:
-    words = re.sub(r"\[[^]]*\]", "", line).split()
-    return words[2] if len(words) > 2 else ""
-
-
-def _is_distribution(line: str) -> bool:
-    """Whether a source is the distribution itself: a third party's has no component `main` of a release of its name
-    that we could tell apart, but does not end in /debian, /debian-security or /ubuntu."""
-    words = re.sub(r"\[[^]]*\]", "", line).split()
-    path = words[1].rstrip("/")
-    return "main" in words[3:] and re.search(r"/(debian|debian-security|ubuntu|ubuntu-ports)$", path) is not None
-
-
-_STEPS = (
-    ("running apt-get update", "reading package lists", 0.05),
-    ("downloading packages with apt", "downloading packages", 0.1),
-    ("extracting archives", "extracting the base system", 0.35),
-    ("installing essential packages", "installing the base system", 0.45),
-    ("installing remaining packages", "installing packages", 0.6),
-    ("running --customize-hook", "making the user", 0.9),
-    ("creating tarball", "writing the layer", 0.95),
-)
-
-
-def _read_log(stream: IO[bytes], tail: deque[str], progress: Progress) -> None:
-    for raw in stream:
-        line = raw.decode(errors="replace").rstrip()
-        tail.append(line)
-        for text, said, part in _STEPS:
-            if text in line:
-                progress(said, part)
-
-
-def _telling_lines(tail: deque[str]) -> list[str]:
-    """The log without progress bars and mmdebstrap's parting words; the reason comes last."""
-    lines = [
-        line for line in tail if line.strip() and not re.match(r"^(I: |\(Reading database|done$|Get:\d|Hit:\d)", line)
-    ]
-    reasons = [line for line in lines if re.match(r"^(E|Err|W):", line) and "run mmdebstrap" not in line]
-    causes = [line for line in reasons if line.startswith("E: ") and not re.search(r"failed to run|exited with", line)]
-    return [*lines, causes[0]] if causes else lines
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End mmdebstrap and all it started: its pid namespace ends with `unshare`, the group's leader."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10.0)
 
 
 # --- the image ----------------------------------------------------------------------------------------------------
