@@ -42,7 +42,7 @@ class Roost:
 
     def __init__(self, **settings: str) -> None:
         self.ident = f"t{secrets.token_hex(3)}"
-        self.state = Path(f"/var/tmp/roost-test-{self.ident}")
+        self.state = Path(f"/var/tmp/roost-{self.ident}")
         self.run_dir = Path(f"/run/roost-{self.ident}")
         self.port, self.registry_port = free_port(), free_port()
         second = 100 + secrets.randbelow(100)
@@ -97,9 +97,18 @@ class Roost:
 
     def error(self, *args: str, **more: Any) -> tuple[int, dict[str, Any]]:
         """Run a verb that must fail: its exit code and the problem it printed."""
-        done = self.run(*args, "--json", check=False, **more)
+        done = self.run(args[0], "--json", *args[1:], check=False, **more)
         assert done.returncode != 0, f"roost {' '.join(args)} succeeded: {done.stdout.decode()}"
         return done.returncode, json.loads(done.stdout)["error"]
+
+    @contextlib.contextmanager
+    def started(self, *args: str, stdin: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[bytes]]:
+        """A verb while it runs, its output in a pipe; ended at the end."""
+        with subprocess.Popen(self.command(*args), env=self.env, stdin=stdin, stdout=subprocess.PIPE) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     # the processes
 
@@ -155,7 +164,10 @@ class Roost:
             seen.update(self.show(name))
             return all(seen[key] == value for key, value in wanted.items())
 
-        wait_until(there, f"{name} has {wanted}; last seen {seen}", timeout_s)
+        try:
+            wait_until(there, f"{name} has {wanted}", timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; last seen {seen}\n{self.tails()}") from None
         return seen
 
     def tails(self) -> str:
@@ -168,7 +180,7 @@ class Roost:
     def remove(self) -> None:
         """End and remove all of it."""
         subprocess.run(
-            [str(CLEAN), "--instance", f"roost-{self.ident}"],
+            [str(CLEAN), "--only", f"roost-{self.ident}"],
             env=self.env,
             check=True,
             timeout=120,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import pty
+import re
+import select
 import subprocess
 import threading
 import time
@@ -85,8 +89,6 @@ def test_a_crashed_container_comes_back_with_its_home(roost: Roost, work: str) -
 
 
 def map_json(output: bytes) -> list[dict[str, object]]:
-    import json
-
     return [json.loads(line) for line in output.splitlines()]
 
 
@@ -114,73 +116,62 @@ def test_exec_ends_when_stdin_ends(roost: Roost, work: str) -> None:
 
 def test_exec_half_a_gigabyte_both_ways(roost: Roost, work: str) -> None:
     size, block = 500 << 20, os.urandom(1 << 20)
-    process = subprocess.Popen(
-        roost.command("exec", work, "--", "cat"), env=roost.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdin is not None and process.stdout is not None
-    sent = hashlib.blake2b()
+    sent, got, count = hashlib.blake2b(), hashlib.blake2b(), 0
+    with roost.started("exec", work, "--", "cat", stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        into = process.stdin
 
-    def feed() -> None:
-        assert process.stdin is not None
-        for _ in range(size // len(block)):
-            process.stdin.write(block)
-            sent.update(block)
-        process.stdin.close()
+        def feed() -> None:
+            for _ in range(size // len(block)):
+                into.write(block)
+                sent.update(block)
+            into.close()
 
-    feeder = threading.Thread(target=feed)
-    feeder.start()
-    got, count = hashlib.blake2b(), 0
-    while piece := process.stdout.read(1 << 20):
-        got.update(piece)
-        count += len(piece)
-    feeder.join()
-    assert process.wait(30) == 0
+        feeder = threading.Thread(target=feed)
+        feeder.start()
+        while piece := process.stdout.read(1 << 20):
+            got.update(piece)
+            count += len(piece)
+        feeder.join()
+        assert process.wait(30) == 0
     assert (count, got.hexdigest()) == (size, sent.hexdigest())
 
 
 def test_exec_passes_a_signal_on(roost: Roost, work: str) -> None:
-    process = subprocess.Popen(
-        roost.command("exec", work, "--", "sh", "-c", "trap 'echo got; exit 9' TERM; echo ready; while :; do sleep 0.1; done"),
-        env=roost.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    process.terminate()
-    assert process.stdout.read() == b"got\n"
-    assert process.wait(10) == 9
+    script = "trap 'echo got; exit 9' TERM; echo ready; while :; do sleep 0.1; done"
+    with roost.started("exec", work, "--", "sh", "-c", script) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.stdout.read() == b"got\n"
+        assert process.wait(10) == 9
 
 
 def test_exec_on_a_terminal(roost: Roost, work: str) -> None:
-    import pty
-
     parent, child = pty.openpty()
+    script = "stty size; read x; echo got:$x; exit 3"
     process = subprocess.Popen(
-        roost.command("exec", "-t", work, "--", "sh", "-c", "tty >/dev/null && stty size; read x; echo got:$x"),
+        roost.command("exec", "-t", work, "--", "sh", "-c", script),
         env={**roost.env, "TERM": "xterm"}, stdin=child, stdout=child, stderr=child, start_new_session=True,
     )  # fmt: skip
     os.close(child)
-    os.write(parent, b"word\n")
-    seen = b""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+    os.write(parent, b"word\r")
+    seen, deadline = b"", time.monotonic() + 30
+    while time.monotonic() < deadline and select.select([parent], [], [], 30)[0]:
         try:
             seen += os.read(parent, 4096)
         except OSError:  # EIO: the other end is closed
             break
     os.close(parent)
-    assert process.wait(10) == 0
+    assert process.wait(10) == 3, seen
     assert b"got:word" in seen
 
 
 def test_a_caller_who_leaves_ends_the_command(roost: Roost, work: str) -> None:
-    process = subprocess.Popen(
-        roost.command("exec", work, "--", "sh", "-c", "echo ready; exec sleep 12345"),
-        env=roost.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    process.kill()
-    process.wait(10)
+    with roost.started("exec", work, "--", "sh", "-c", "echo ready; exec sleep 12345") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
     wait_until(lambda: "sleep 12345" not in roost.exec(work, "ps"), "the command ended")
 
 
@@ -232,7 +223,7 @@ def test_rm_and_undelete(roost: Roost, repository: Path) -> None:
 def test_workspaces_cannot_reach_each_other_or_the_host(roost: Roost, work: str, repository: Path) -> None:
     roost.run("up", str(repository), "--name", "other")
     roost.exec("other", "(nc -l -p 5555 >/dev/null 2>&1 &) ; true")
-    address = roost.exec("other", "hostname -i").split()[0]
+    address = re.findall(r"inet ([0-9.]+)", roost.exec("other", "ip -4 addr show eth0"))[0]
     assert roost.run("exec", "other", "--", "nc", "-w", "2", address, "5555", check=False).returncode == 0
     roost.exec("other", "(nc -l -p 5555 >/dev/null 2>&1 &) ; true")
     assert roost.run("exec", work, "--", "nc", "-w", "2", address, "5555", check=False).returncode != 0

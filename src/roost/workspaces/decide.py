@@ -85,7 +85,7 @@ def apply(row: WorkspaceRow, report: Report, now: datetime) -> list[EventRow]:
         row.observed_generation = report.generation
     row.error = report.error
     row.updated_at = now
-    if report.total_ms is not None:
+    if report.total_ms is not None and report.steps:
         row.last_start = {
             "start": report.start,
             "total_ms": report.total_ms,
