@@ -303,18 +303,28 @@ async def _serve_exec(fake: Fake, websocket: WebSocket, request: dict[str, Any])
     finally:
         if slave is not None:
             os.close(slave)
+    loop = asyncio.get_running_loop()
+    # A test's way to break the connection under a command.
+    request["close"] = lambda: loop.call_soon_threadsafe(lambda: loop.create_task(websocket.close(1011)))
     await websocket.send_text('{"type":"started"}')
     reading = asyncio.create_task(_input(fake, websocket, process, master))
-    if master is not None:
-        await _terminal_output(websocket, master)
-    else:
-        assert process.stdout is not None and process.stderr is not None
-        await asyncio.gather(_output(websocket, process.stdout, 1), _output(websocket, process.stderr, 2))
-    code = await process.wait()
-    reading.cancel()
-    await asyncio.gather(reading, return_exceptions=True)
-    if master is not None:
-        os.close(master)
+    try:
+        if master is not None:
+            await _terminal_output(websocket, master)
+        else:
+            assert process.stdout is not None and process.stderr is not None
+            await asyncio.gather(_output(websocket, process.stdout, 1), _output(websocket, process.stderr, 2))
+        code = await process.wait()
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        if process.returncode is None:
+            process.kill()
+        process._transport.close()  # type: ignore[attr-defined]  # nothing public closes the pipes of one left early
+        await process.wait()
+        if master is not None:
+            os.close(master)
+        request["ended"] = True
     await websocket.send_text(json.dumps({"type": "exit", "code": code if code >= 0 else 128 - code}))
     await websocket.close()
 
@@ -384,7 +394,9 @@ class Served:
     def env(self, **more: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("ROOST_", "SSH_AUTH"))}
         own = {"ROOST_RUN_DIR": str(self.root), "ROOST_STATE_DIR": str(self.root / "state")}
-        source = str(Path(__file__).parents[2] / "src")
+        source = os.pathsep.join(
+            [str(Path(__file__).parents[2] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         return {**kept, **own, "PYTHONPATH": source, "ROOST_SERVER__PORT": str(self.port), "COLUMNS": "200", **more}
 
     def run(
@@ -426,6 +438,10 @@ def serve(root: Path) -> Iterator[Served]:
     try:
         yield Served(fake, root, tcp.getsockname()[1])
     finally:
+        deadline = time.monotonic() + 10
+        while not all("ended" in request for request in fake.execs if "close" in request):
+            assert time.monotonic() < deadline, "a command outlives its connection"
+            time.sleep(0.01)
         server.should_exit = True
         thread.join(10)
         unix.close()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -49,19 +49,19 @@ def test_help_and_ls_import_little() -> None:
         assert found(modules, NOT_FOR_LS) == []
 
 
-@pytest.mark.parametrize(("args", "limit_s"), [(("--help",), 0.2), (("ls",), 0.4)])
-def test_cold_speed(args: tuple[str, ...], limit_s: float) -> None:
-    # The best of several: the machine may be busy with other tests, and this is about our imports.
+@pytest.mark.parametrize(("args", "limit_s"), [(["--help"], 0.2), (["ls"], 0.4)], ids=["help", "ls"])
+def test_cold_speed(args: list[str], limit_s: float) -> None:
+    # Processor time, the best of several: on a machine that is busy with other tests it is what stays of the wall time.
     with tempfile.TemporaryDirectory(prefix="roost-t") as root, serve(Path(root)) as served:
         served.fake.add("web")
         best = 9.0
-        for _ in range(12):
-            began = time.perf_counter()
-            assert served.run(*args).returncode == 0
-            best = min(best, time.perf_counter() - began)
-            if best < limit_s:
-                return
-        pytest.fail(f"roost {' '.join(args)} takes {best * 1000:.0f} ms at best")
+        for _ in range(8):
+            process = served.popen(*args, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            assert process.returncode == 0
+            best = min(best, usage.ru_utime + usage.ru_stime)
+        assert best < limit_s, f"roost {' '.join(args)} takes {best * 1000:.0f} ms"
 
 
 @pytest.mark.parametrize("verb", VERBS)

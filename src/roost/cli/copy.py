@@ -35,7 +35,10 @@ _REMOTE = re.compile(r"([a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?):(.*)", re.DOTALL)
 BUSYBOX = "/opt/roost/bin/busybox"
 _STDERR_MAX = 64 << 10
 # What stands at a path, by the shell's own tests.
-_LOOK = 'if [ -d "$1" ]; then echo directory; elif [ -e "$1" ] || [ -L "$1" ]; then echo file; else echo nothing; fi'
+_LOOK = (
+    'if [ -d "$1" ]; then echo directory; elif [ -e "$1" ] || [ -L "$1" ]; then echo file; else echo nothing; fi; '
+    'if [ -L "$1" ]; then echo link; fi'
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def cp(
 
 
 async def _copy_in(client: AsyncClient, source: str, name: str, target: str) -> tuple[int, int]:
-    kind = await _kind(client, name, target)
+    kind, _ = await _look(client, name, target)
     if source == "-":
         if kind != "directory":
             raise CopyFailed(f"{target} is not a directory of {name}", next_step="A tar stream needs a directory.")
@@ -151,7 +154,7 @@ def _unowned(member: tarfile.TarInfo, counts: list[int]) -> tarfile.TarInfo | No
 
 
 async def _copy_out(client: AsyncClient, name: str, source: str, target: str) -> tuple[int, int]:
-    kind = await _kind(client, name, source)
+    kind, real = await _look(client, name, source)
     if kind == "nothing":
         raise CopyFailed(f"{source} does not exist in {name}", next_step="Check the path.")
     content_only = source == "." or source.endswith("/.")
@@ -159,12 +162,15 @@ async def _copy_out(client: AsyncClient, name: str, source: str, target: str) ->
     whole = content_only or trimmed in ("/", ".", "..") or trimmed.endswith("/..")
     arguments = ["-C", _safe(trimmed), "."] if whole else ["-C", _safe(posixpath.dirname(trimmed) or ".")]
     root = "" if whole else posixpath.basename(trimmed)
+    called = root
+    if root and real is not None:  # a symlink that is named itself is followed, as cp(1) does
+        arguments, root = ["-C", posixpath.dirname(real)], posixpath.basename(real)
     if root:
         arguments.append(_safe(root))
     if target == "-":
         await _tar(client, name, ["-c", "-f", "-", *arguments], stdin=None, stdout=1)
         return 0, 0
-    into, called = _local_destination(Path(target), root, kind == "directory", target.endswith("/"))
+    into, called = _local_destination(Path(target), called, kind == "directory", target.endswith("/"))
     from roost.cli.untar import unpack
 
     read_end, write_end = os.pipe()
@@ -222,10 +228,13 @@ def _safe(path: str) -> str:
     return f"./{path}" if path.startswith("-") else path
 
 
-async def _kind(client: AsyncClient, name: str, path: str) -> str:
-    """`directory`, `file` or `nothing`, as the workspace's user sees it."""
-    out = await _run(client, name, [BUSYBOX, "sh", "-c", _LOOK, "sh", _safe(path)])
-    return out.decode(errors="replace").strip()
+async def _look(client: AsyncClient, name: str, path: str) -> tuple[str, str | None]:
+    """`directory`, `file` or `nothing`, as the workspace's user sees it; for a symlink where it leads."""
+    kind, *link = (await _run(client, name, [BUSYBOX, "sh", "-c", _LOOK, "sh", _safe(path)])).decode().split()
+    if not link:
+        return kind, None
+    real = os.fsdecode(await _run(client, name, [BUSYBOX, "readlink", "-f", _safe(path)])).removesuffix("\n")
+    return kind, real if real != "/" else None
 
 
 async def _run(client: AsyncClient, name: str, argv: list[str]) -> bytes:

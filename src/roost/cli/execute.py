@@ -127,7 +127,7 @@ def _raw_terminal(wanted: bool) -> Iterator[bool]:
     import tty
 
     before = termios.tcgetattr(0)
-    tty.setraw(0)
+    tty.setraw(0, termios.TCSADRAIN)  # by default it throws away what was typed ahead
     try:
         yield True
     finally:

@@ -83,34 +83,42 @@ async def send_all(command: Exec, descriptor: int) -> None:
 
 async def read(descriptor: int) -> AsyncIterator[bytes]:
     """What can be read from a descriptor, until its end."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
     try:
         pollable = not stat.S_ISREG(os.fstat(descriptor).st_mode)
-        if pollable:
-            loop.add_reader(descriptor, readable.set)
-    except PermissionError:  # epoll knows no such thing: /dev/null, some devices
-        pollable = False
     except OSError:  # closed: there is no input
         return
-    try:
-        while True:
-            if pollable:
-                await readable.wait()
-                try:
-                    piece = os.read(descriptor, PIECE)
-                except BlockingIOError:
-                    readable.clear()
-                    continue
-                except OSError:  # EIO: the terminal is gone
-                    return
-                # Level-triggered: the loop sets it again while there is more.
-                readable.clear()
-            else:
-                piece = await asyncio.to_thread(os.read, descriptor, PIECE)
-            if not piece:
-                return
-            yield piece
-    finally:
+    while True:
         if pollable:
-            loop.remove_reader(descriptor)
+            try:
+                await _readable(descriptor)
+            except PermissionError:  # epoll knows no such thing: /dev/null, some devices
+                pollable = False
+                continue
+            try:
+                piece = os.read(descriptor, PIECE)
+            except BlockingIOError:
+                continue
+            except OSError:  # EIO: the terminal is gone
+                return
+        else:
+            piece = await asyncio.to_thread(os.read, descriptor, PIECE)
+        if not piece:
+            return
+        yield piece
+
+
+async def _readable(descriptor: int) -> None:
+    # Asked anew for each read: a reader that stays is called once more for what we have read already, and the read
+    # after that would hold the loop.
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def now() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(descriptor, now)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import os
-import posixpath
 import stat
 import tarfile
 from contextlib import suppress
@@ -126,11 +125,14 @@ def _parts(name: str, root: str, prefix: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_target(inner: tuple[str, ...], target: str) -> None:
-    """Refuse a symlink that leads out of the copied tree, read as text from where it lies."""
-    if target.startswith("/") or not target:
-        raise _Refused(f"a symlink to {target!r}, outside of the copy")
-    resolved = posixpath.normpath(posixpath.join("/".join(("root", *inner[:-1])), target))
-    if resolved != "root" and not resolved.startswith("root/"):
+    """Refuse a symlink that leads out of the copied tree.
+
+    `..` only at its beginning, and no more of them than the link lies deep: those are real directories.  After a name,
+    which may be another symlink, `..` means the parent of wherever that one leads: `d -> .` makes `d/..` the outside.
+    """
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    up = next((index for index, part in enumerate(parts) if part != ".."), len(parts))
+    if not inner or not target or target.startswith("/") or ".." in parts[up:] or up > len(inner) - 1:
         raise _Refused(f"a symlink to {target!r}, outside of the copy")
 
 
