@@ -179,13 +179,9 @@ class Roost:
 
     def remove(self) -> None:
         """End and remove all of it."""
-        subprocess.run(
-            [str(CLEAN), "--only", f"roost-{self.ident}"],
-            env=self.env,
-            check=True,
-            timeout=120,
-            capture_output=True,
-        )
+        command = [str(CLEAN), "--only", f"roost-{self.ident}"]
+        done = subprocess.run(command, env=self.env, check=False, timeout=120, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         assert not self.state.exists()
         assert not self.run_dir.exists()
 

@@ -71,8 +71,8 @@ def test_node_dies_while_the_container_crashes(roost: Roost, work: str) -> None:
     roost.kill("node")
     os.kill(pid, signal.SIGKILL)
     roost.run("node", "start")
-    roost.wait_for(work, observed="running", start=2)
-    assert alive(roost, work)
+    wait_until(lambda: alive(roost, work), "the next node started it again")
+    assert roost.init_pid(work) != pid
 
 
 def test_containerd_dies(roost: Roost, work: str) -> None:
