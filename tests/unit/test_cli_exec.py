@@ -109,7 +109,7 @@ def test_signals_are_passed_on(served: Served, number: signal.Signals) -> None:
 
 
 def test_three_interrupts_end_us(served: Served) -> None:
-    script = "trap '' INT; echo ready; sleep 30"
+    script = "trap '' INT; echo ready; exec sleep 30"
     process = served.popen("exec", "web", "--", "sh", "-c", script, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     assert process.stdout is not None
     process.stdout.readline()

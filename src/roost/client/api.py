@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from roost.client.address import Address, find_server
-from roost.client.http import PIECE, Http, error_of, segment
+from roost.client.http import PIECE, Http, error_of, workspace_path
 from roost.client.models import Document, Event, Health, LimitRequest, LogLine, RepoRequest, Workspace
 from roost.errors import NodeUnreachable, RoostError, ServerUnreachable, TimedOut, from_problem
 
@@ -19,10 +19,6 @@ RECONNECT_S = 30.0
 """Seconds a server may be away while somebody waits for a workspace: long enough for its restart."""
 _POLL_S = 15.0
 _PULL_S = 3600.0
-
-
-def _path(name: str, verb: str = "") -> str:
-    return f"/workspaces/{segment(name)}{'/' + verb if verb else ''}"
 
 
 class AsyncClient:
@@ -89,13 +85,13 @@ class AsyncClient:
 
     async def workspace(self, name: str) -> Workspace:
         """Raises WorkspaceNotFound."""
-        return Workspace.of(await self.http.call("GET", _path(name)))
+        return Workspace.of(await self.http.call("GET", workspace_path(name)))
 
     async def request(self, name: str, verb: str) -> Workspace:
         """Change what is wanted: start, stop, restart, undelete or delete. Raises WorkspaceNotFound."""
         if verb == "delete":
-            return Workspace.of(await self.http.call("DELETE", _path(name)))
-        return Workspace.of(await self.http.call("POST", _path(name, verb)))
+            return Workspace.of(await self.http.call("DELETE", workspace_path(name)))
+        return Workspace.of(await self.http.call("POST", workspace_path(name, verb)))
 
     async def settled(self, name: str, generation: int, timeout_s: float) -> Workspace:
         """Wait until what is wanted has come about or failed (see `observed`). Raises TimedOut, Superseded.
@@ -114,7 +110,7 @@ class AsyncClient:
             span = min(left, _POLL_S)
             params = {"generation": generation, "timeout_s": round(span, 3)}
             try:
-                found = await self.http.call("GET", _path(name, "settled"), params, timeout_s=span + 15.0)
+                found = await self.http.call("GET", workspace_path(name, "settled"), params, timeout_s=span + 15.0)
                 return Workspace.of(found)
             except TimedOut:
                 patience.reset()
@@ -140,7 +136,7 @@ class AsyncClient:
         self, name: str | None = None, *, follow: bool = False, after: int = 0
     ) -> AsyncGenerator[Event, None]:
         """What happened, oldest first; with `follow` what happens, too, across a restart of the server."""
-        path = "/events" if name is None else _path(name, "events")
+        path = "/events" if name is None else workspace_path(name, "events")
         patience = _Patience()
         while True:
             try:
@@ -161,7 +157,7 @@ class AsyncClient:
     async def logs(self, name: str, *, follow: bool = False, previous: bool = False) -> AsyncGenerator[LogLine, None]:
         """The log of the newest start and the container's output, or of the start before. Raises WorkspaceNotFound."""
         params = {"follow": follow, "previous": previous}
-        async with aclosing(self._messages(_path(name, "logs"), params)) as messages:
+        async with aclosing(self._messages(workspace_path(name, "logs"), params)) as messages:
             async for document in messages:
                 yield LogLine(
                     str(document.get("at") or ""),

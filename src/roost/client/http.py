@@ -32,6 +32,7 @@ from roost.errors import (
     TimedOut,
     Unavailable,
     Usage,
+    WorkspaceNotFound,
     from_problem,
 )
 
@@ -45,9 +46,11 @@ BODY_MAX = 64 << 20
 Params = Mapping[str, str | int | float | bool | None]
 
 
-def segment(text: str) -> str:
-    """One segment of a path, whatever is in it."""
-    return quote(text, safe="")
+def workspace_path(name: str, verb: str = "") -> str:
+    """Path of a workspace or of one of its verbs. Raises WorkspaceNotFound for a name that would be another path."""
+    if name in ("", ".", "..") or "/" in name:
+        raise WorkspaceNotFound(f"there is no workspace {name!r}")
+    return f"/workspaces/{quote(name, safe='')}{'/' + verb if verb else ''}"
 
 
 def reason_of(error: OSError) -> str:

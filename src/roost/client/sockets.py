@@ -22,7 +22,7 @@ from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from roost.client.api import AsyncClient
-from roost.client.http import API, CONNECT_S, PIECE, error_of, reason_of, segment, unreachable
+from roost.client.http import API, CONNECT_S, PIECE, error_of, reason_of, unreachable, workspace_path
 from roost.errors import ExecFailed, ServerUnreachable, from_problem
 
 START_S = 60.0
@@ -158,7 +158,7 @@ async def execute(client: AsyncClient, name: str, request: ExecRequest) -> Async
         "stdin": request.stdin,
     }
     what = request.argv[0] if request.argv else "the shell"
-    async with _dial(client, f"/workspaces/{segment(name)}/exec") as connection:
+    async with _dial(client, workspace_path(name, "exec")) as connection:
         try:
             await connection.send(json.dumps(document))
             async with asyncio.timeout(START_S):
@@ -186,7 +186,7 @@ async def lend_agent(client: AsyncClient, name: str, answer: Answer, ready: asyn
         body = await answer(message[4:])
         await connection.send(message[:4] + body)
 
-    async with _dial(client, f"/workspaces/{segment(name)}/agent") as connection:
+    async with _dial(client, workspace_path(name, "agent")) as connection:
         if ready is not None:
             ready.set()
         try:
