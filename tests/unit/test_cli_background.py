@@ -18,7 +18,7 @@ import pytest
 from roost.cli import background
 from roost.client import AsyncClient, parse_server_url
 from roost.client.address import LocalPaths, local_paths
-from roost.errors import NeedsRoot, NodeUnreachable, ServerUnreachable
+from roost.errors import NeedsRoot, NodeUnreachable, ServerUnreachable, TimedOut
 from roost.linux.process import PidFile, ProcessId, write_pidfile
 from tests.unit.cli_server import Served, serve
 
@@ -180,7 +180,7 @@ def test_two_starts_at_once_take_turns(root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ROOST_STATE_DIR", str(root / "state"))
     monkeypatch.setattr(background, "READY_S", 0.1)
     with background._starting(local_paths()):
-        with pytest.raises(background.TimedOut):
+        with pytest.raises(TimedOut):
             with background._starting(local_paths()):
                 pytest.fail("the lock was not held")
     with background._starting(local_paths()):
