@@ -22,7 +22,7 @@ class DirectoryVolumes:
         self.limits: dict[str, int] = {}
         self._lock = threading.Lock()
         for folder in (self.homes, self.trashed):
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
 
     def create(self, name: VolumeName, limit_bytes: int, labels: Mapping[str, str]) -> None:
         with self._lock:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -66,8 +67,9 @@ class Streams:
         if self._read:
             raise InternalError("the output of a command is read once")
         self._read = True
+        pace = _Pace()
         while self.readers and not self.released:
-            got = False
+            got = 0
             for channel in list(self.readers):
                 fd = self.readers.get(channel)
                 if fd is None or self.released:  # closed by us while the caller had the floor
@@ -78,10 +80,11 @@ class Streams:
                 if not data:
                     self.close_reader(channel)
                     continue
-                got = True
+                got += len(data)
                 yield channel, data
             if got:
-                await asyncio.sleep(0)  # a command that never pauses must not hold the loop
+                # A command that never pauses must not hold the loop.
+                await asyncio.sleep(pace.pause(got))
             elif not self.readers:
                 return
             elif not self._ended:
@@ -154,6 +157,33 @@ class Streams:
         self.close_writer()
         for channel in list(self.readers):
             self.close_reader(channel)
+
+
+class _Pace:
+    """Whether to let a fast stream fill its pipe before the next read.
+
+    Reading as soon as there is something follows a writer in its small steps: 60,000 reads of 9 KiB for 500 MB, each of
+    which is a message to somebody.  A pause of 1 ms makes them 256 KiB; a stream that is not fast never waits.
+    """
+
+    _WINDOW_S = 0.02
+    _FAST_BYTES = 1 << 20
+    _SMALL_BYTES = 64 << 10
+    _PAUSE_S = 0.001
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._bytes = 0
+        self._fast = False
+
+    def pause(self, got: int) -> float:
+        """Seconds to wait after so many bytes were read at once."""
+        now = time.monotonic()
+        if now - self._since > self._WINDOW_S:
+            self._fast = self._bytes >= self._FAST_BYTES
+            self._since, self._bytes = now, 0
+        self._bytes += got
+        return self._PAUSE_S if got < self._SMALL_BYTES and self._fast else 0.0
 
 
 def _read(fd: int) -> bytes | None:

@@ -8,6 +8,8 @@ Invariants
   removes it and begins anew.
 - The engine reserves a name from before an object is listed until after it is gone; a call that was cut off in the
   middle goes on inside the engine.  "is reserved" is therefore waited for, not believed at once.
+- A start that was cut off leaves a container that may yet come up, or fail in a moment.  A new process of ours does not
+  wait to see which: `recover` removes what was made and does not run.
 - One create or delete at a time for a name; different names go in parallel.
 """
 
@@ -45,7 +47,10 @@ from roost.runtimes.protocol import ContainerId, ContainerSpec, ContainerState, 
 
 log = structlog.get_logger()
 
-_RESERVED_S = 15.0
+_UNDER_WAY_S = 15.0
+_UNDER_WAY = ("is reserved for", "in starting state", "in removing state", "not fully stopped")
+"""containerd's words (pkg/cri) for: another call works on this."""
+_HALF_MADE = "HalfMade"
 _KILL_S = 30.0
 """Beyond the grace, for the engine to kill and reap."""
 
@@ -121,7 +126,7 @@ class Containers:
             if name not in newest and not self._lock(name).locked():
                 newest[name] = cri_pb2.Container()
                 statuses.append(
-                    ContainerStatus(name, ContainerState.unknown, own_labels(sandbox.labels), reason="HalfMade")
+                    ContainerStatus(name, ContainerState.unknown, own_labels(sandbox.labels), reason=_HALF_MADE)
                 )
         return [status for status in statuses if status is not None]
 
@@ -171,6 +176,16 @@ class Containers:
 
     # what is done
 
+    async def recover(self) -> None:
+        """Remove what an earlier process of ours made and did not get to run."""
+        created = {
+            item.labels[LABEL_CONTAINER] for item in await self.listed() if item.state == cri_pb2.CONTAINER_CREATED
+        }
+        for status in await self.all():
+            if status.container in created or status.reason == _HALF_MADE:
+                log.info("half-made container removed", container=status.container, state=status.state)
+                await self.delete(status.container)
+
     async def create(self, spec: ContainerSpec) -> None:
         name = spec.container
         async with self._lock(name):
@@ -197,10 +212,10 @@ class Containers:
         await asyncio.to_thread(self._prepare, spec)
         pod = sandbox_config(config, spec)
         request = cri_pb2.RunPodSandboxRequest(config=pod, runtime_handler=config.runtime_handler)
-        sandbox = await self._unreserved(methods.RUN_POD_SANDBOX, request)
+        sandbox = await self._work(methods.RUN_POD_SANDBOX, request)
         try:
             faults.point("cri.create.sandbox")
-            await self._unreserved(
+            await self._work(
                 methods.CREATE_CONTAINER,
                 cri_pb2.CreateContainerRequest(
                     pod_sandbox_id=sandbox.pod_sandbox_id,
@@ -230,17 +245,17 @@ class Containers:
             # It stays visible as half-made, and the next create or delete removes it.
             log.warning("half-made sandbox stays", container=name, sandbox=sandbox, error=error.message)
 
-    async def _unreserved(
+    async def _work(
         self, method: methods.Method[methods.RequestT, methods.ResponseT], request: methods.RequestT
     ) -> methods.ResponseT:
-        """A call that reserves a name; waits while an earlier one that was cut off still holds it."""
-        deadline = asyncio.get_running_loop().time() + _RESERVED_S
+        """A call that changes something; waits while one that was cut off is still at it inside the engine."""
+        deadline = asyncio.get_running_loop().time() + _UNDER_WAY_S
         while True:
             try:
                 return await self._engine.call(method, request, timeout_s=self._config.call_timeout_s)
             except EngineFailed as error:
-                reserved = "is reserved for" in said(error)
-                if not reserved or asyncio.get_running_loop().time() > deadline:
+                under_way = any(word in said(error) for word in _UNDER_WAY)
+                if not under_way or asyncio.get_running_loop().time() > deadline:
                     raise
             await asyncio.sleep(0.1)
 
@@ -256,23 +271,12 @@ class Containers:
             raise EngineFailed(
                 f"{container} has ended and cannot be started again", next_step="Delete it and create it anew."
             )
-        request = cri_pb2.StartContainerRequest(container_id=found.id)
         try:
-            await self._engine.call(methods.START_CONTAINER, request, timeout_s=self._config.call_timeout_s)
+            await self._work(methods.START_CONTAINER, cri_pb2.StartContainerRequest(container_id=found.id))
         except EngineFailed as error:
-            # One of an earlier process of ours may be under way in the engine.
-            under_way = "already in starting state" in said(error)
-            if not await self._comes_up(container, self._config.call_timeout_s if under_way else 0.0):
+            if (await self.find(container)).state != cri_pb2.CONTAINER_RUNNING:
                 raise EngineFailed(f"{container} did not start: {said(error)}", details=error.details) from error
         faults.point("cri.start.started")
-
-    async def _comes_up(self, container: ContainerId, timeout_s: float) -> bool:
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while True:
-            state = (await self.find(container)).state
-            if state != cri_pb2.CONTAINER_CREATED or asyncio.get_running_loop().time() >= deadline:
-                return state == cri_pb2.CONTAINER_RUNNING
-            await asyncio.sleep(0.05)
 
     async def stop(self, container: ContainerId, grace_s: float) -> None:
         for found in await self.listed(container):
@@ -299,26 +303,17 @@ class Containers:
 
     async def _remove_container(self, engine_id: str) -> None:
         try:
-            await self._engine.call(
-                methods.REMOVE_CONTAINER,
-                cri_pb2.RemoveContainerRequest(container_id=engine_id),
-                timeout_s=self._config.call_timeout_s,
-            )
+            await self._work(methods.REMOVE_CONTAINER, cri_pb2.RemoveContainerRequest(container_id=engine_id))
         except EngineFailed as error:
             if not absent(error):
                 raise
 
     async def _remove_sandbox(self, sandbox: str) -> None:
         """Kill what runs in it, take its network down, forget it. Gone: no error."""
-        timeout_s = self._config.call_timeout_s
         try:
-            await self._engine.call(
-                methods.STOP_POD_SANDBOX, cri_pb2.StopPodSandboxRequest(pod_sandbox_id=sandbox), timeout_s=timeout_s
-            )
+            await self._work(methods.STOP_POD_SANDBOX, cri_pb2.StopPodSandboxRequest(pod_sandbox_id=sandbox))
             faults.point("cri.delete.stopped")
-            await self._engine.call(
-                methods.REMOVE_POD_SANDBOX, cri_pb2.RemovePodSandboxRequest(pod_sandbox_id=sandbox), timeout_s=timeout_s
-            )
+            await self._work(methods.REMOVE_POD_SANDBOX, cri_pb2.RemovePodSandboxRequest(pod_sandbox_id=sandbox))
         except EngineFailed as error:
             if not absent(error):
                 raise

@@ -75,10 +75,11 @@ class CriRuntime:
                 raise EngineUnreachable(f"containerd is not ready: {why}")
 
     async def recover(self) -> None:
-        """End and remove what an earlier process of ours left half-done: execs, mounted views.
+        """End and remove what an earlier process of ours left half-done: containers not yet started, execs, views.
 
         To be called once, when no other process of ours works on the same run_dir.
         """
+        await self._containers.recover()
         await self._execs.recover()
         await self._views.recover()
 
