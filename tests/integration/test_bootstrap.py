@@ -359,9 +359,7 @@ def test_a_real_image_is_built_once_and_survives_kills(registry, folder, client,
     assert names["./home/vscode/.bashrc"].uid == 1000
     assert names["./etc/sudoers.d/vscode"].mode == 0o440
     subprocess.run(["tar", "-xpzf", blob, "-C", root], check=True)
-    script = (
-        "git --version; curl --version; python3 -V; ssh -V; getent passwd vscode; sudo -n id -u; test -w ~vscode"
-    )
+    script = "git --version; curl --version; python3 -V; ssh -V; getent passwd vscode; sudo -n id -u; test -w ~vscode"
     inside = subprocess.run(
         ["chroot", "--userspec=vscode:vscode", root, "/bin/sh", "-ec", script],
         capture_output=True,

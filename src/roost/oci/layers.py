@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Protocol
 
 from roost.oci.references import Digest
 
@@ -37,6 +37,12 @@ class Layer:
     media_type: str = GZIP_LAYER
 
 
+class Sink(Protocol):
+    """Where a blob goes: a binary file, or what writes like one."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+
 class LayerWriter:
     """Takes a tar stream, writes the gzip blob to a file and counts both digests.
 
@@ -44,7 +50,7 @@ class LayerWriter:
     leaves what is written so far, for the caller to remove.
     """
 
-    def __init__(self, out: BinaryIO, level: int = 1) -> None:
+    def __init__(self, out: Sink, level: int = 1) -> None:
         self._out = out
         self._gzip = zlib.compressobj(level, zlib.DEFLATED, _GZIP_WINDOW)
         self._blob, self._tar = hashlib.sha256(), hashlib.sha256()
