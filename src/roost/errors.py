@@ -167,6 +167,20 @@ class Superseded(Conflict):
     next_step = "`roost show NAME` shows the state that is wanted now."
 
 
+class WaitTimeout(TimedOut):
+    """What is wanted of a workspace has not come about in the time one was ready to wait."""
+
+    code, title = "workspace.timeout", "Not there in time"
+    next_step = "It goes on; `roost show NAME` and `roost events NAME` say how far it is."
+
+
+class NothingThere(NotFound):
+    """The API has nothing at that path."""
+
+    code, title = "request.not_found", "Nothing at that path"
+    next_step = "Is the client older or newer than the server? `roost version` shows both."
+
+
 class StaleUpload(NotFound):
     """The uploaded bundle is gone (used, expired, or never complete)."""
 
@@ -247,6 +261,27 @@ class NodeUnreachable(Unavailable):
 
     code, title = "node.unreachable", "The node is not connected"
     next_step = "Start it with `roost node start`; `roost doctor` says why it may not come up."
+
+
+class NodeTimeout(TimedOut):
+    """The node is connected and does not answer in time."""
+
+    code, title = "node.timeout", "The node took too long"
+    next_step = "Look at the node's log; `roost node stop` and `roost node start` leave workspaces running."
+
+
+class ServerTimeout(TimedOut):
+    """The server does not answer in time."""
+
+    code, title = "server.timeout", "The server took too long"
+    next_step = "Try again; if it stays, look at the server's log and at `roost doctor`."
+
+
+class InvalidAnswer(Failed):
+    """What answered is not a roost server, or not one this client understands."""
+
+    code, title = "server.invalid_answer", "The server's answer makes no sense"
+    next_step = "Check ROOST_SERVER_URL; `roost version` shows both versions."
 
 
 class PoolFull(Refused):
@@ -449,7 +484,7 @@ class BadRef(NotFound):
     """The repository has no such branch, tag or commit."""
 
     code, title = "repo.bad_ref", "No such branch"
-    next_step = "Check --branch."
+    next_step = "Check --branch; `git ls-remote URL` lists what the repository has."
 
 
 class RepoUnreachable(Unavailable):

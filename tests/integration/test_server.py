@@ -191,7 +191,7 @@ async def test_waiting_ends_in_time(served: Served) -> None:
     async with served.local() as client:
         await client.post("/workspaces", json=BODY)
         answer = await client.get("/workspaces/w/settled", params={"timeout_s": 0.2})
-        assert (answer.status_code, answer.json()["code"]) == (504, "timeout")
+        assert (answer.status_code, answer.json()["code"]) == (504, "workspace.timeout")
 
 
 async def test_events_are_followed(served: Served) -> None:

@@ -28,8 +28,8 @@ from roost.errors import (
     NodeUnreachable,
     ProcessFailed,
     RoostError,
+    ServerTimeout,
     ServerUnreachable,
-    TimedOut,
     from_problem,
 )
 from roost.linux.process import ProcessId, read_pidfile
@@ -100,7 +100,7 @@ async def ensure(client: AsyncClient, say: str = "") -> AsyncClient:
 def start(parts: tuple[Part, ...]) -> dict[Part, int]:
     """Start those that do not run and wait until they are ready; the pids of all. Blocks.
 
-    Raises ProcessFailed or what a process died of, TimedOut, NeedsRoot.
+    Raises ProcessFailed or what a process died of, ServerTimeout, NeedsRoot.
     """
     paths = local_paths()
     with _starting(paths):
@@ -148,7 +148,7 @@ def _starting(paths: LocalPaths) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TimedOut("another command starts roost on this host and does not come to an end") from None
+                    raise ServerTimeout("another command starts roost here and does not come to an end") from None
                 time.sleep(0.05)
         yield
     finally:

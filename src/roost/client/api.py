@@ -13,7 +13,7 @@ from typing import IO, Any
 from roost.client.address import Address, find_server
 from roost.client.http import PIECE, Http, error_of, workspace_path
 from roost.client.models import Document, Event, Health, LimitRequest, LogLine, RepoRequest, Workspace
-from roost.errors import NodeUnreachable, RoostError, ServerUnreachable, TimedOut, from_problem
+from roost.errors import NodeUnreachable, RoostError, ServerTimeout, ServerUnreachable, WaitTimeout, from_problem
 
 RECONNECT_S = 30.0
 """Seconds a server may be away while somebody waits for a workspace: long enough for its restart."""
@@ -24,8 +24,8 @@ _PULL_S = 3600.0
 class AsyncClient:
     """One server; holds no connection between calls.
 
-    Every call raises ServerUnreachable, TimedOut and Unauthenticated beside what its docstring names; an error of the
-    server comes as the class it has there.
+    Every call raises ServerUnreachable, ServerTimeout and Unauthenticated beside what its docstring names; an error of
+    the server comes as the class it has there.
     """
 
     def __init__(self, address: Address | None = None) -> None:
@@ -94,7 +94,7 @@ class AsyncClient:
         return Workspace.of(await self.http.call("POST", workspace_path(name, verb)))
 
     async def settled(self, name: str, generation: int, timeout_s: float) -> Workspace:
-        """Wait until what is wanted has come about or failed (see `observed`). Raises TimedOut, Superseded.
+        """Wait until what is wanted has come about or failed (see `observed`). Raises WaitTimeout, Superseded.
 
         A server that goes away meanwhile has RECONNECT_S to come back.
         """
@@ -103,16 +103,13 @@ class AsyncClient:
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimedOut(
-                    f"{name!r} did not settle within {timeout_s:g} s",
-                    next_step=f"`roost show {name}` shows how far it is; it goes on by itself.",
-                )
+                raise WaitTimeout(f"{name!r} did not settle within {timeout_s:g} s")
             span = min(left, _POLL_S)
             params = {"generation": generation, "timeout_s": round(span, 3)}
             try:
                 found = await self.http.call("GET", workspace_path(name, "settled"), params, timeout_s=span + 15.0)
                 return Workspace.of(found)
-            except TimedOut:
+            except (ServerTimeout, WaitTimeout):
                 patience.reset()
                 await self._check_node(name)
                 await asyncio.sleep(0.05)
@@ -123,7 +120,7 @@ class AsyncClient:
         """Raise NodeUnreachable when nobody is there who could do what is waited for."""
         try:
             connected = (await self.health()).node_connected
-        except (ServerUnreachable, TimedOut):
+        except (ServerUnreachable, ServerTimeout):
             return
         if not connected:
             raise NodeUnreachable(
@@ -149,7 +146,7 @@ class AsyncClient:
                 if not follow:
                     return
                 await asyncio.sleep(0.1)
-            except (ServerUnreachable, TimedOut) as error:
+            except (ServerUnreachable, ServerTimeout) as error:
                 if not follow:
                     raise
                 await patience.wait(error)

@@ -5,8 +5,8 @@ httpx's async client, 130 ms so; `roost ls` has 400 ms in all, the server's answ
 client for everything that goes out to the world; this one speaks to our own server only: no redirects, no cookies, no
 proxies, no pool.
 
-Invariants: every wait has a limit; whatever goes wrong below HTTP is ServerUnreachable or TimedOut; what the server
-refuses is the RoostError that it sent.
+Invariants: every wait has a limit; whatever goes wrong below HTTP is ServerUnreachable or ServerTimeout; what the
+server refuses is the RoostError that it sent.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import h11
 from roost import __version__
 from roost.client.address import Address
 from roost.errors import (
-    Failed,
+    InvalidAnswer,
+    InvalidRequest,
     NotFound,
     Refused,
     RoostError,
+    ServerTimeout,
     ServerUnreachable,
-    TimedOut,
     Unavailable,
-    Usage,
     WorkspaceNotFound,
     from_problem,
 )
@@ -88,7 +88,7 @@ class Response:
         async for piece in self.pieces(idle_s):
             body += piece
             if len(body) > BODY_MAX:
-                raise Failed(f"the server's answer is larger than {BODY_MAX} bytes")
+                raise InvalidAnswer(f"the server's answer is larger than {BODY_MAX} bytes")
         if self.status >= 400:
             raise error_of(self.status, bytes(body))
         try:
@@ -132,7 +132,7 @@ def error_of(status: int, body: bytes) -> RoostError:
         return Refused(text)
     if status in (502, 503, 504):
         return Unavailable(text)
-    return Usage(text) if status < 500 else Failed(text)
+    return InvalidRequest(text) if status < 500 else InvalidAnswer(text)
 
 
 class _Connection:
@@ -151,7 +151,7 @@ class _Connection:
                     self._writer.write(data)
                 await self._writer.drain()
         except TimeoutError as error:
-            raise TimedOut(f"the server at {self.address} takes nothing in for {timeout_s:g} s") from error
+            raise ServerTimeout(f"the server at {self.address} takes nothing in for {timeout_s:g} s") from error
         except OSError as error:
             raise unreachable(self.address, f"the connection broke ({reason_of(error)})") from error
 
@@ -168,7 +168,7 @@ class _Connection:
                     data = await self._reader.read(PIECE)
                 self._http.receive_data(data)
             except TimeoutError as error:
-                raise TimedOut(f"the server at {self.address} did not answer within {timeout_s:g} s") from error
+                raise ServerTimeout(f"the server at {self.address} did not answer within {timeout_s:g} s") from error
             except OSError as error:
                 raise unreachable(self.address, f"the connection broke ({reason_of(error)})") from error
             except h11.RemoteProtocolError as error:
@@ -254,7 +254,7 @@ class Http:
         json_body: object = None,
         timeout_s: float = 30.0,
     ) -> Any:
-        """One request, one JSON document. Raises what the server refuses, ServerUnreachable, TimedOut."""
+        """One request, one JSON document. Raises what the server refuses, ServerUnreachable, ServerTimeout."""
         body = None if json_body is None else json.dumps(json_body).encode()
         async with self.open(method, path, params, body, timeout_s) as response:
             return await response.json(timeout_s)

@@ -17,7 +17,7 @@ from starlette.websockets import WebSocket
 
 from roost import __version__
 from roost.db.engine import Database, sqlite_url
-from roost.errors import Failed, InternalError, InvalidRequest, NotFound, RoostError, Usage
+from roost.errors import InternalError, InvalidRequest, NothingThere, RoostError
 from roost.server import internal, misc, streams, workspaces
 from roost.server.agents import Agents
 from roost.server.auth import Gatekeeper, admin_token
@@ -105,8 +105,8 @@ async def _invalid(_request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return problem(NotFound(f"there is nothing at {request.url.path}"))
-    return problem(Usage(str(error.detail)) if error.status_code < 500 else Failed(str(error.detail)))
+        return problem(NothingThere(f"there is nothing at {request.url.path}"))
+    return problem(InvalidRequest(str(error.detail)) if error.status_code < 500 else InternalError(str(error.detail)))
 
 
 async def _defect(request: Request, error: Exception) -> Response:

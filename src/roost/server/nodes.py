@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 from fastapi import WebSocket, WebSocketDisconnect
 
-from roost.errors import NodeUnreachable, TimedOut, from_problem
+from roost.errors import NodeTimeout, NodeUnreachable, from_problem
 from roost.workspaces.model import Assignment, Report
 
 log = structlog.get_logger()
@@ -58,7 +58,7 @@ class NodeConnection:
         await self.send({"type": "assign", "assignment": assignment.model_dump(mode="json")})
 
     async def call(self, method: str, params: dict[str, Any], timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Ask the node for something and wait for its answer. Raises the node's error, NodeUnreachable, TimedOut."""
+        """Ask the node for something and wait for its answer. Raises the node's error, NodeUnreachable, NodeTimeout."""
         number = next(self._ids)
         answer = self._calls[number] = asyncio.get_running_loop().create_future()
         try:
@@ -66,7 +66,7 @@ class NodeConnection:
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError as error:
-            raise TimedOut(f"node {self.name} did not answer {method} within {timeout_s:g} s") from error
+            raise NodeTimeout(f"node {self.name} did not answer {method} within {timeout_s:g} s") from error
         finally:
             del self._calls[number]
 
@@ -136,7 +136,7 @@ class Nodes:
 
     @asynccontextmanager
     async def stream(self, kind: str, params: dict[str, Any]) -> AsyncIterator[WebSocket]:
-        """Have the node dial a stream for us. Raises NodeUnreachable, TimedOut."""
+        """Have the node dial a stream for us. Raises NodeUnreachable, NodeTimeout."""
         node, ident = self.any(), secrets.token_urlsafe(24)
         entry = self._streams[ident] = _Stream(asyncio.get_running_loop().create_future())
         try:
@@ -145,7 +145,7 @@ class Nodes:
                 socket = await entry.dialled
             yield socket
         except TimeoutError as error:
-            raise TimedOut(f"node {node.name} did not open the {kind} stream within {DIAL_TIMEOUT_S:g} s") from error
+            raise NodeTimeout(f"node {node.name} did not open the {kind} stream within {DIAL_TIMEOUT_S:g} s") from error
         finally:
             self._streams.pop(ident, None)
             entry.over.set()

@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 
 from roost.db.tables import WorkspaceRow
-from roost.errors import NodeUnreachable, Superseded, TimedOut, WorkspaceNotFound
+from roost.errors import NodeUnreachable, Superseded, WaitTimeout, WorkspaceNotFound
 from roost.server.bus import Bus, News
 from roost.server.nodes import NodeConnection, Nodes
 from roost.server.uploads import Uploads
@@ -63,9 +63,7 @@ class WorkspaceService:
                         while (item := await news.get()) is not None and item.workspace != row.id:
                             pass
             except TimeoutError as error:
-                raise TimedOut(
-                    f"{name!r} is {row.observed} after {timeout_s:g} s", next_step=f"`roost show {name}` says more."
-                ) from error
+                raise WaitTimeout(f"{name!r} is {row.observed} after {timeout_s:g} s") from error
 
     async def on_node(self, node: NodeConnection) -> None:
         """A node connected: tell it everything that is wanted."""

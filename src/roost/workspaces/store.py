@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from roost.db.engine import Database
 from roost.db.tables import EventRow, WorkspaceRow
-from roost.errors import Conflict, WorkspaceExists, WorkspaceNotFound
+from roost.errors import WorkspaceExists, WorkspaceNotFound
 from roost.workspaces import decide
 from roost.workspaces.model import (
     DEFAULT_TENANT,
@@ -145,7 +145,7 @@ class WorkspaceStore:
 
         def back(row: WorkspaceRow, now: datetime) -> list[EventRow]:
             if row.desired != Desired.deleted:
-                raise Conflict(f"{name!r} is being destroyed")
+                raise WorkspaceNotFound(f"{name!r} is being destroyed")
             row.live_name, row.deleted_at = row.name, None
             return decide.request(row, Desired.stopped, now)
 
