@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import structlog
@@ -31,6 +32,7 @@ from roost.node.pool import Pool
 from roost.node.registry import Registry
 from roost.node.repositories import NodeRepositories
 from roost.node.streams import Streams
+from roost.oci.references import is_plain_http, parse_remote
 from roost.runtimes.cri import CriConfig, CriRuntime, docker_auth
 from roost.runtimes.protocol import ImageRef, Limits, RegistryAuth
 from roost.settings import Settings, load
@@ -123,7 +125,7 @@ class Node:
             runtime=runtime,
             repositories=repositories,
             room=lambda: asyncio.to_thread(self.pool.ensure_room),
-            auth=_auth,
+            auth=partial(self._credentials, engine),
             repo_path=settings.repos.repo_path,
             allow_sudo=settings.workspaces.sudo,
         )
@@ -135,7 +137,7 @@ class Node:
         streams = Streams(runtime, converger, logs)
 
         async def call(method: str, params: dict[str, Any]) -> Any:
-            return await self._call(runtime, method, params)
+            return await self._call(runtime, engine, method, params)
 
         hello = {"type": "hello", "node": "local", "version": __version__, "runtime": runtime.name, "pid": os.getpid()}
         link = ServerLink(settings.api_socket, hello, converger.assign, call, streams.serve)
@@ -176,13 +178,21 @@ class Node:
             remove_cgroup=lambda name: Group(name.lstrip("/")).remove(),
         )
 
-    async def _call(self, runtime: CriRuntime, method: str, params: dict[str, Any]) -> Any:
+    async def _credentials(self, engine: Containerd, ref: ImageRef) -> RegistryAuth | None:
+        """What a pull of that image needs: credentials from root's docker config, and leave to speak plain http."""
+        host = parse_remote(ref).host
+        if is_plain_http(host, self.settings.registry.plain_http):
+            await asyncio.to_thread(engine.allow_plain_http, host)
+        return await asyncio.to_thread(docker_auth, ref)
+
+    async def _call(self, runtime: CriRuntime, engine: Containerd, method: str, params: dict[str, Any]) -> Any:
         match method:
             case "images":
                 found = await runtime.images()
                 return [{"ref": i.ref, "digest": i.digest, "size_bytes": i.size_bytes} for i in found]
             case "pull":
-                image = await runtime.pull(ImageRef(params["ref"]), await _auth(ImageRef(params["ref"])))
+                ref = ImageRef(params["ref"])
+                image = await runtime.pull(ref, await self._credentials(engine, ref))
                 return {"ref": image.ref, "digest": image.digest, "size_bytes": image.size_bytes}
             case _:
                 raise ValueError(f"unknown method {method!r}")
@@ -279,7 +289,3 @@ class Node:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 log.warning("a container did not stop", error=str(outcome))
-
-
-async def _auth(ref: ImageRef) -> RegistryAuth | None:
-    return await asyncio.to_thread(docker_auth, ref)

@@ -28,7 +28,8 @@ from roost.errors import EngineFailed, EngineTimeout, MissingProgram
 log = structlog.get_logger()
 
 TINI = Path("/usr/bin/tini-static")
-BUSYBOX = (Path("/bin/busybox"), Path("/usr/bin/busybox"))
+BUSYBOX = (Path("/bin/busybox"), Path("/usr/bin/busybox"), Path("/usr/lib/roost/busybox"))
+"""The last is where set-up lays the static one on a host that has the dynamic package."""
 
 # PID 1 is tini, this is its only child, run by busybox sh with whatever PATH, environment and uid the image chose; it
 # uses nothing but the shell and busybox' own applets.
