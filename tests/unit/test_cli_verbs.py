@@ -313,7 +313,6 @@ def test_ctrl_c_during_up_leaves_it_wanted(served: Served) -> None:
     served.fake.never_settles = True
     process = served.popen("up", "https://example.com/a/b", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(lambda: "b" in served.fake.workspaces)
-    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out) == (130, b"")

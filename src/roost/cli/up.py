@@ -102,7 +102,7 @@ class Wish:
     limits: LimitRequest
     quiet: bool
     called: str | None = None
-    """Name of the workspace, from when the server knows of it."""
+    """Name of the workspace, from when the server may know of it."""
 
     async def fulfil(self) -> Workspace:
         from roost.cli.background import ensure
@@ -123,9 +123,7 @@ class Wish:
             return await self._start(client, existing)
         if existing is None:
             try:
-                created = await self._create(client, name, source)
-                self.called = name
-                return created
+                return await self._create(client, name, source)
             except WorkspaceExists:  # made by another `up` a moment ago, perhaps of the same
                 existing = await client.workspace(name)
         if not source.is_of(existing):
@@ -147,6 +145,7 @@ class Wish:
 
     async def _create(self, client: AsyncClient, name: str, source: Source) -> Workspace:
         repo = await self._repo(client, source)
+        self.called = name  # from here on it may be there, whether we hear of it or not
         return await client.create(name, image=self.image, user=self.user, repo=repo, limits=self.limits)
 
     async def _repo(self, client: AsyncClient, source: Source) -> RepoRequest:
