@@ -29,6 +29,7 @@ from roost.errors import (
     EngineFailed,
     EngineTimeout,
     ImageNotFound,
+    PoolFull,
     RoostError,
     WorkspaceNotRunning,
 )
@@ -226,6 +227,8 @@ class Containers:
             faults.point("cri.create.container")
         except BaseException as error:
             await _finish(self._undo(name, sandbox.pod_sandbox_id))
+            if isinstance(error, EngineFailed) and "no space left on device" in said(error):
+                raise PoolFull(f"no room for {name}: {said(error)}") from error
             if isinstance(error, EngineFailed) and absent(error) and "image" in said(error):
                 raise ImageNotFound(
                     f"image {spec.image.ref} is no longer here: {said(error)}", next_step="Try again: it is pulled."

@@ -21,10 +21,12 @@ import structlog
 from roost.errors import (
     EngineFailed,
     EngineTimeout,
+    HostDiskFull,
     ImageAuth,
     ImageInvalid,
     ImageNotFound,
     InvalidReference,
+    PoolFull,
     RegistryUnreachable,
     RoostError,
 )
@@ -211,6 +213,9 @@ def pull_error(ref: str, text: str, *, authenticated: bool = False) -> RoostErro
     lower, host = text.lower(), registry_host(ref)
     if any(word in lower for word in ("invalid reference format", "failed to parse image reference")):
         return InvalidReference(f"{ref!r} is not an image reference: {text}")
+    if "no space left on device" in lower or "disk quota exceeded" in lower:
+        # Layers are fetched to the host's disk and extracted into the pool.
+        return (PoolFull if "extract" in lower else HostDiskFull)(f"no room for {ref}: {text}")
     if any(word in lower for word in _INVALID):
         return ImageInvalid(f"{ref} cannot be used: {text}")
     if any(word in lower for word in _AUTH):
