@@ -34,8 +34,8 @@ from roost.errors import (
     ExecNotFound,
     RoostError,
     Superseded,
-    TimedOut,
     Unauthenticated,
+    WaitTimeout,
     WorkspaceExists,
     WorkspaceNotFound,
     WorkspaceNotRunning,
@@ -197,7 +197,7 @@ def build(fake: Fake) -> FastAPI:
             if found["settled"]:
                 return found
             await asyncio.sleep(0.01)
-        raise TimedOut("not yet")
+        raise WaitTimeout("not yet")
 
     def stream(name: str | None, after: int, follow: bool) -> StreamingResponse:
         async def lines() -> AsyncIterator[str]:
