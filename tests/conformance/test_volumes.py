@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from roost.errors import EngineTimeout, ImageNotFound, VolumeNotFound
 from roost.runtimes.protocol import ImageDigest, Tool, VolumeInfo, VolumeName
 from tests.conformance.subjects import Subject
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def tools_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' tool is no part of the installed package, and the working directory is not searched."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(":"))
+
 
 SEES = Tool("tests.conformance.tool", ("{image}", "{volume}"))
 
@@ -89,3 +101,15 @@ async def test_a_tool_needs_its_image(subject: Subject) -> None:
     gone = type(subject.image)(subject.image.ref, ImageDigest("sha256:" + "0" * 64), 0)
     with pytest.raises(ImageNotFound):
         await subject.runtime.run_tool(SEES, gone)
+
+
+async def test_a_tool_is_not_taken_from_the_working_directory(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/json.py").write_text("raise SystemExit('hijacked')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(Path(p).absolute()) for p in sys.path if p))
+    monkeypatch.chdir(tmp_path / "here")
+    await subject.runtime.create_volume(subject.volume, 0, {})
+    result = await subject.runtime.run_tool(SEES, subject.image, subject.volume)
+    assert result.exit_code == 0, result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 
 from roost.errors import EngineTimeout, MissingProgram
@@ -13,11 +14,15 @@ from roost.runtimes.protocol import ToolResult
 _KILL_S = 5.0
 
 
-async def run_program(argv: list[str], timeout_s: float) -> ToolResult:
-    """Run a program of ours in a process group of its own; on timeout or cancellation the group is killed.
+async def run_tool(python: Sequence[str], module: str, args: Sequence[str], timeout_s: float) -> ToolResult:
+    """Run a module of ours in a process group of its own; on timeout or cancellation the group is killed.
+
+    Python's `-P` keeps the working directory out of the module path: ours may be a repository somebody sent, and we
+    are root.
 
     Raises EngineTimeout, MissingProgram.
     """
+    argv = [*python, "-P", "-m", module, *args]
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -32,7 +37,7 @@ async def run_program(argv: list[str], timeout_s: float) -> ToolResult:
         async with asyncio.timeout(timeout_s):
             out, err = await process.communicate()
     except TimeoutError as error:
-        raise EngineTimeout(f"{' '.join(argv[1:3])} took longer than {timeout_s:g} s") from error
+        raise EngineTimeout(f"{module} took longer than {timeout_s:g} s") from error
     finally:
         # Whatever it left in its group goes, too: the mounts under it are about to.
         with suppress(ProcessLookupError):

@@ -25,7 +25,7 @@ from roost.runtimes.cri.config import CriConfig
 from roost.runtimes.cri.engine import Engine, absent
 from roost.runtimes.cri.images import Images
 from roost.runtimes.cri.proto import leases_pb2, mount_pb2, snapshots_pb2
-from roost.runtimes.programs import run_program
+from roost.runtimes.programs import run_tool
 from roost.runtimes.protocol import ImageInfo, Tool, ToolResult, VolumeName
 
 log = structlog.get_logger()
@@ -53,7 +53,7 @@ class Views:
         async with self._mounted(image, timeout_s) as root:
             paths["{image}"] = str(root)
             args = [_filled(arg, paths) for arg in tool.args]
-            return await run_program([self._config.python, "-m", tool.module, *args], timeout_s)
+            return await run_tool([self._config.python], tool.module, args, timeout_s)
 
     @asynccontextmanager
     async def _mounted(self, image: ImageInfo, timeout_s: float) -> AsyncIterator[Path]:

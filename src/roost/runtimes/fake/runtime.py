@@ -34,7 +34,7 @@ from roost.errors import (
     WorkspaceNotRunning,
 )
 from roost.runtimes.fake.session import FakeSession
-from roost.runtimes.programs import run_program
+from roost.runtimes.programs import run_tool
 from roost.runtimes.protocol import (
     Channel,
     ContainerId,
@@ -268,7 +268,7 @@ class FakeRuntime:
         args = list(tool.args)
         for key, value in paths.items():
             args = [arg.replace(key, value) for arg in args]
-        return await run_program([sys.executable, "-m", tool.module, *args], timeout_s)
+        return await run_tool([sys.executable], tool.module, args, timeout_s)
 
     # containers
 
