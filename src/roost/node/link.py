@@ -24,6 +24,8 @@ log = structlog.get_logger()
 
 RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 OPEN_TIMEOUT_S = 5.0
+PING_S = 20.0
+"""On the control connection only: a stream whose reader pauses cannot answer."""
 SPOOL = 10_000
 """Reports kept while the server is away; beyond it the oldest steps go, states never."""
 MAX_MESSAGE = 4 << 20
@@ -77,7 +79,7 @@ class ServerLink:
         try:
             while True:
                 try:
-                    async with self._dial("/internal/v1/node") as control:
+                    async with self._dial("/internal/v1/node", pings=True) as control:
                         failures = 0
                         await self._talk(control)
                 except (OSError, TimeoutError, WebSocketException) as error:
@@ -92,7 +94,7 @@ class ServerLink:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _dial(self, path: str) -> connect:
+    def _dial(self, path: str, *, pings: bool = False) -> connect:
         return unix_connect(
             self._socket,
             f"ws://localhost{path}",
@@ -101,8 +103,8 @@ class ServerLink:
             compression=None,
             max_size=MAX_MESSAGE,
             max_queue=4,
-            ping_interval=20.0,
-            ping_timeout=60.0,
+            ping_interval=PING_S if pings else None,
+            ping_timeout=3 * PING_S,
             proxy=None,
         )
 

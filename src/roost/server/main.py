@@ -56,8 +56,9 @@ def _serve(settings: Settings) -> None:
         ws=WebSocketProtocol,
         ws_max_size=4 << 20,
         ws_per_message_deflate=False,
-        ws_ping_interval=20.0,
-        ws_ping_timeout=60.0,
+        # No pings: the reader of a long output may pause for an hour (a pager), and could not answer them meanwhile.  Local
+        # peers end with their sockets; a node pings on its control connection by itself.
+        ws_ping_interval=None,
         proxy_headers=False,
         server_header=False,
         access_log=False,

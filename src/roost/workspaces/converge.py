@@ -167,6 +167,9 @@ class Converger:
         self._say(a, Observed.stopped, total_ms=round((time.monotonic() - begun) * 1000, 3))
 
     async def _down(self, a: Assignment) -> None:
+        if await self._runtime.status(a.container) is None:
+            await self._runtime.delete(a.container)  # what a killed create may have left
+            return
         await self._runtime.stop(a.container, self._grace)
         faults.point("stop.container.down")
         await self._runtime.delete(a.container)

@@ -200,7 +200,8 @@ class WorkspaceStore:
             rows = await session.scalars(
                 select(WorkspaceRow).where(WorkspaceRow.purged_at.is_(None), WorkspaceRow.retry_at.is_(None))
             )
-            return [assignment(row) for row in rows]
+            # Of what lies in the trash there is nothing to do, and nothing to look at.
+            return [assignment(row) for row in rows if row.live_name is not None or not decide.settled(row)]
 
     async def events(self, workspace: str | None, after: int, limit: int = 1000) -> Sequence[tuple[EventRow, str]]:
         """Events after an id, oldest first, each with its workspace's name."""
