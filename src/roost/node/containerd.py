@@ -218,6 +218,8 @@ class Containerd:
         self.socket = settings.node_run / "containerd.sock"
         self.tools_dir = Path()
         """The tools tree to mount at /opt/roost; set by `start`."""
+        self.pause_ref = ""
+        """The pause image's reference; set by `start`."""
         self.cni_conf_dir = self._state / "cni"
         """Where the network's conflist belongs."""
         self.logfile = settings.node_state / "log" / "containerd.log"
@@ -240,6 +242,7 @@ class Containerd:
         InvalidConfig (paths too long for a socket), ProcessFailed with the end of its log, EngineFailed.
         """
         spec, image = await asyncio.to_thread(self._prepare)
+        self.pause_ref = image.ref
         if self._daemon is None or self._daemon.spec != spec:
             self._daemon = Daemon(spec)
         await self._daemon.start(self._ready, self._settings.node.engine_start_timeout_s)

@@ -161,7 +161,7 @@ class Node:
         def prepare_cgroup(name: str, limits: Limits) -> None:
             group = Group(name.lstrip("/"))
             group.create()
-            group.set_pids(limits.pids)
+            group.set_pids(limits.pids or None)
 
         return CriConfig(
             socket=engine.socket,
@@ -174,6 +174,8 @@ class Node:
             pull_progress_timeout_s=settings.registry.progress_timeout_s,
             python=sys.executable,
             volumes=self.pool,
+            hidden_images=frozenset({engine.pause_ref}),
+            network_ready=network.guard,
             prepare_cgroup=prepare_cgroup,
             remove_cgroup=lambda name: Group(name.lstrip("/")).remove(),
         )

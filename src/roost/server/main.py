@@ -56,8 +56,8 @@ def _serve(settings: Settings) -> None:
         ws=WebSocketProtocol,
         ws_max_size=4 << 20,
         ws_per_message_deflate=False,
-        # No pings: the reader of a long output may pause for an hour (a pager), and could not answer them meanwhile.  Local
-        # peers end with their sockets; a node pings on its control connection by itself.
+        # No pings: the reader of a long output may pause for an hour (a pager), and could not answer them meanwhile.
+        # Local peers end with their sockets; a node pings on its control connection by itself.
         ws_ping_interval=None,
         proxy_headers=False,
         server_header=False,

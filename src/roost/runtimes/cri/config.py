@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +40,16 @@ class CriConfig:
     """A pull that fetches nothing for so long is given up."""
     call_timeout_s: float = 60.0
     """Bound of one call to the engine that has work to do (a sandbox, a container)."""
+    network_ready: Callable[[], Awaitable[None]] | None = None
+    """Called when a sandbox has its network and nothing runs in it yet (to take its link into the node's policy)."""
     prepare_cgroup: Callable[[str, Limits], None] | None = None
     """Called (blocking, in a thread) with `<cgroup_parent>/<container>` before a sandbox is made there."""
     remove_cgroup: Callable[[str], None] | None = None
     """Called likewise after the sandbox is gone; a group that is not there must be no error."""
+
+    def hosts(self, container: str) -> Path:
+        """The file that is the container's /etc/hosts."""
+        return self.run_dir / "hosts" / container
 
     def cgroup(self, container: str) -> str:
         return f"{self.cgroup_parent.rstrip('/')}/{container}"

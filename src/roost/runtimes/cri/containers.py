@@ -39,6 +39,7 @@ from roost.runtimes.cri.engine import Engine, absent, said
 from roost.runtimes.cri.podspec import (
     LABEL_CONTAINER,
     container_config,
+    hosts_file,
     name_of,
     own_labels,
     sandbox_config,
@@ -216,14 +217,17 @@ class Containers:
         sandbox = await self._work(methods.RUN_POD_SANDBOX, request)
         try:
             faults.point("cri.create.sandbox")
-            await self._work(
-                methods.CREATE_CONTAINER,
-                cri_pb2.CreateContainerRequest(
-                    pod_sandbox_id=sandbox.pod_sandbox_id,
-                    config=container_config(config, spec, volumes),
-                    sandbox_config=pod,
-                ),
+            container = cri_pb2.CreateContainerRequest(
+                pod_sandbox_id=sandbox.pod_sandbox_id,
+                config=container_config(config, spec, volumes),
+                sandbox_config=pod,
             )
+            # The network's policy and the container come about side by side; nothing runs before both are there.
+            guarded = asyncio.ensure_future(self._guard())
+            try:
+                await self._work(methods.CREATE_CONTAINER, container)
+            finally:
+                await guarded
             faults.point("cri.create.container")
         except BaseException as error:
             await _finish(self._undo(name, sandbox.pod_sandbox_id))
@@ -235,15 +239,22 @@ class Containers:
                 ) from error
             raise
 
+    async def _guard(self) -> None:
+        if self._config.network_ready is not None:
+            await self._config.network_ready()
+
     def _prepare(self, spec: ContainerSpec) -> None:
         (self._config.log_dir / spec.container).mkdir(parents=True, exist_ok=True)
+        hosts = self._config.hosts(spec.container)
+        hosts.parent.mkdir(parents=True, exist_ok=True)
+        hosts.write_text(hosts_file(spec))
         if self._config.prepare_cgroup is not None:
             self._config.prepare_cgroup(self._config.cgroup(spec.container), spec.limits)
 
     async def _undo(self, name: ContainerId, sandbox: str) -> None:
         try:
             await self._remove_sandbox(sandbox)
-            await self._remove_cgroup(name)
+            await self._remove_leftovers(name)
         except RoostError as error:
             # It stays visible as half-made, and the next create or delete removes it.
             log.warning("half-made sandbox stays", container=name, sandbox=sandbox, error=error.message)
@@ -302,7 +313,7 @@ class Containers:
                 if orphan.pod_sandbox_id not in alive:
                     await self._remove_container(orphan.id)
             faults.point("cri.delete.removed")
-            await self._remove_cgroup(container)
+            await self._remove_leftovers(container)
 
     async def _remove_container(self, engine_id: str) -> None:
         try:
@@ -321,7 +332,8 @@ class Containers:
             if not absent(error):
                 raise
 
-    async def _remove_cgroup(self, container: ContainerId) -> None:
+    async def _remove_leftovers(self, container: ContainerId) -> None:
+        self._config.hosts(container).unlink(missing_ok=True)
         if self._config.remove_cgroup is not None:
             await asyncio.to_thread(self._config.remove_cgroup, self._config.cgroup(container))
 

@@ -61,7 +61,11 @@ def sandbox_config(config: CriConfig, spec: ContainerSpec) -> cri_pb2.PodSandbox
 def container_config(
     config: CriConfig, spec: ContainerSpec, volume_paths: Mapping[VolumeName, Path]
 ) -> cri_pb2.ContainerConfig:
-    mounts = [cri_pb2.Mount(container_path=TOOLS_DIR, host_path=str(config.tools_dir), readonly=True)]
+    mounts = [
+        cri_pb2.Mount(container_path=TOOLS_DIR, host_path=str(config.tools_dir), readonly=True),
+        # Left out, containerd would put a copy of the host's own file there: its names, and not the container's.
+        cri_pb2.Mount(container_path="/etc/hosts", host_path=str(config.hosts(spec.container))),
+    ]
     for mount in spec.mounts:
         mounts.append(
             cri_pb2.Mount(
@@ -79,6 +83,12 @@ def container_config(
         log_path=log_name(spec.labels),
         linux=cri_pb2.LinuxContainerConfig(resources=_resources(spec), security_context=_security(spec)),
     )
+
+
+def hosts_file(spec: ContainerSpec) -> str:
+    """/etc/hosts of a container: itself by name, as Debian has it; sudo and others look themselves up."""
+    names = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
+    return f"{names}127.0.1.1 {spec.hostname}\n" if spec.hostname else names
 
 
 def name_of(labels: Mapping[str, str]) -> ContainerId | None:
