@@ -29,7 +29,7 @@ from roost.client import AsyncClient
 from roost.client.sockets import ExecRequest, execute
 from roost.linux.cgroup import Group
 from roost.runtimes.cri import CriConfig, CriRuntime, methods
-from roost.runtimes.cri.podspec import container_config, sandbox_config
+from roost.runtimes.cri.podspec import container_config, hosts_file, sandbox_config
 from roost.runtimes.cri.proto import cri_pb2
 from roost.runtimes.protocol import (
     ContainerId,
@@ -65,7 +65,8 @@ class Figures:
     def line(self) -> str:
         totals = self.totals()
         parts = "  ".join(f"{phase} {statistics.median(values):.0f}" for phase, values in self.phases.items())
-        return f"{self.name:9} p50 {statistics.median(totals):6.0f} ms  min {min(totals):5.0f}  max {max(totals):5.0f}   ({parts})"
+        spread = f"min {min(totals):5.0f}  max {max(totals):5.0f}"
+        return f"{self.name:9} p50 {statistics.median(totals):6.0f} ms  {spread}   ({parts})"
 
 
 class OneVolume:
@@ -130,7 +131,7 @@ class Floor:
         request = cri_pb2.RunPodSandboxRequest(config=self.pod)
         self.sandbox = (await self.call(methods.RUN_POD_SANDBOX, request, timeout_s=30)).pod_sandbox_id
         create = cri_pb2.CreateContainerRequest(
-            pod_sandbox_id=self.sandbox, config=self.container_config, sandbox_config=self.pod
+            pod_sandbox_id=self.sandbox, config=self.container_config, hosts_file, sandbox_config=self.pod
         )
         self.container = (await self.call(methods.CREATE_CONTAINER, create, timeout_s=30)).container_id
         await self.call(
@@ -157,6 +158,19 @@ class Floor:
         assert await session.wait() == 0
         await session.close()
         timer.lap("exec")
+
+
+def ctr_up(ctr: list[str], image: str, home: Path, tools: Path) -> None:
+    mounts = (f"type=bind,src={home},dst=/home/dev,options=rbind:rw", f"type=bind,src={tools},dst=/opt/roost,options=rbind:ro")
+    create = [*ctr, "container", "create", *(part for mount in mounts for part in ("--mount", mount)), image, "bench-ctr"]
+    init = ["/opt/roost/bin/tini", "--", "/opt/roost/bin/busybox", "sleep", "100000"]
+    subprocess.run([*create, *init], check=True, capture_output=True, timeout=60)
+    subprocess.run([*ctr, "task", "start", "-d", "bench-ctr"], check=True, capture_output=True, timeout=60)
+
+
+def ctr_down(ctr: list[str]) -> None:
+    subprocess.run([*ctr, "task", "delete", "--force", "bench-ctr"], check=True, capture_output=True, timeout=60)
+    subprocess.run([*ctr, "container", "delete", "bench-ctr"], check=True, capture_output=True, timeout=60)
 
 
 def ctr_round(ctr: list[str], figures: Figures) -> None:
@@ -199,17 +213,13 @@ async def measure(roost: Roost) -> None:
             mounts=(VolumeMount(VolumeName("home"), "/home/dev"),), labels={"roost.dev/start": "1"},
         )  # fmt: skip
         (Path(scratch) / "logs" / name).mkdir(parents=True)
+        config.hosts(name).parent.mkdir(parents=True)
+        config.hosts(name).write_text(hosts_file(spec))
         prepare(config.cgroup(name), Limits())
         floor = Floor(runtime, config, spec, home)
         await floor.up()
         ctr = ["ctr", "--address", str(socket), "-n", "k8s.io"]
-        subprocess.run(
-            [*ctr, "container", "create", "--mount", f"type=bind,src={home},dst=/home/dev,options=rbind:rw",
-             "--mount", f"type=bind,src={tools},dst=/opt/roost,options=rbind:ro", image.ref, "bench-ctr",
-             "/opt/roost/bin/tini", "--", "/opt/roost/bin/busybox", "sleep", "100000"],
-            check=True, capture_output=True,
-        )  # fmt: skip
-        subprocess.run([*ctr, "task", "start", "-d", "bench-ctr"], check=True, capture_output=True)
+        await asyncio.to_thread(ctr_up, ctr, image.ref, home, tools)
         client = AsyncClient()
         figures = SimpleNamespace(ours=Figures("roost"), cri=Figures("bare CRI"), ctr=Figures("ctr"))
         steps: dict[str, list[float]] = {}
@@ -220,8 +230,7 @@ async def measure(roost: Roost) -> None:
             await floor.round(figures.cri)
             await asyncio.to_thread(ctr_round, ctr, figures.ctr)
         await floor.down()
-        subprocess.run([*ctr, "task", "delete", "--force", "bench-ctr"], check=True, capture_output=True)
-        subprocess.run([*ctr, "container", "delete", "bench-ctr"], check=True, capture_output=True)
+        await asyncio.to_thread(ctr_down, ctr)
         Group(config.cgroup(name).lstrip("/")).remove()
         await runtime.close()
     report(figures, steps, cli(roost))
