@@ -131,7 +131,7 @@ class Floor:
         request = cri_pb2.RunPodSandboxRequest(config=self.pod)
         self.sandbox = (await self.call(methods.RUN_POD_SANDBOX, request, timeout_s=30)).pod_sandbox_id
         create = cri_pb2.CreateContainerRequest(
-            pod_sandbox_id=self.sandbox, config=self.container_config, hosts_file, sandbox_config=self.pod
+            pod_sandbox_id=self.sandbox, config=self.container_config, sandbox_config=self.pod
         )
         self.container = (await self.call(methods.CREATE_CONTAINER, create, timeout_s=30)).container_id
         await self.call(
@@ -161,8 +161,10 @@ class Floor:
 
 
 def ctr_up(ctr: list[str], image: str, home: Path, tools: Path) -> None:
-    mounts = (f"type=bind,src={home},dst=/home/dev,options=rbind:rw", f"type=bind,src={tools},dst=/opt/roost,options=rbind:ro")
-    create = [*ctr, "container", "create", *(part for mount in mounts for part in ("--mount", mount)), image, "bench-ctr"]
+    create = [*ctr, "container", "create"]
+    for source, target, mode in ((home, "/home/dev", "rw"), (tools, "/opt/roost", "ro")):
+        create += ["--mount", f"type=bind,src={source},dst={target},options=rbind:{mode}"]
+    create += [image, "bench-ctr"]
     init = ["/opt/roost/bin/tini", "--", "/opt/roost/bin/busybox", "sleep", "100000"]
     subprocess.run([*create, *init], check=True, capture_output=True, timeout=60)
     subprocess.run([*ctr, "task", "start", "-d", "bench-ctr"], check=True, capture_output=True, timeout=60)

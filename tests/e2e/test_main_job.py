@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,7 +89,7 @@ def test_a_crashed_container_comes_back_with_its_home(roost: Roost, work: str) -
     assert any("ended by itself with exit code 137" in note for note in notes)
 
 
-def map_json(output: bytes) -> list[dict[str, object]]:
+def map_json(output: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines()]
 
 

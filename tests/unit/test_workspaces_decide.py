@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,8 @@ def row(**changes: object) -> WorkspaceRow:
 
 
 def report(observed: Observed | None = None, *, error: RoostError | None = None, **changes: object) -> Report:
-    values = {"workspace": WorkspaceId("abc"), "generation": 1, "start": 1}
-    problem = error.to_problem() if error else None
-    return Report(observed=observed, error=problem, **{**values, **changes})
+    values: dict[str, Any] = {"workspace": WorkspaceId("abc"), "generation": 1, "start": 1, **changes}
+    return Report(observed=observed, error=error.to_problem() if error else None, **values)
 
 
 def test_running_settles_and_is_an_event() -> None:
