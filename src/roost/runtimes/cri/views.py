@@ -18,11 +18,11 @@ from pathlib import Path
 import structlog
 
 from roost import faults
-from roost.errors import EngineFailed, ImageNotFound, RoostError
+from roost.errors import EngineFailed, ImageNotFound, PoolFull, RoostError
 from roost.linux.mount import MountFlag, mount, mounts, unmount
 from roost.runtimes.cri import methods
 from roost.runtimes.cri.config import CriConfig
-from roost.runtimes.cri.engine import Engine, absent
+from roost.runtimes.cri.engine import Engine, absent, said
 from roost.runtimes.cri.images import Images
 from roost.runtimes.cri.proto import leases_pb2, mount_pb2, snapshots_pb2
 from roost.runtimes.programs import run_tool
@@ -67,13 +67,15 @@ class Views:
             expires = datetime.now(UTC) + timedelta(seconds=timeout_s + _EXPIRY_SLACK_S)
             labels = {_LEASE_LABEL: name, _EXPIRY: expires.strftime("%Y-%m-%dT%H:%M:%SZ")}
             await self._engine.call(methods.LEASE_CREATE, leases_pb2.CreateRequest(id=name, labels=labels))
-            view = await self._engine.call(
-                methods.SNAPSHOT_VIEW,
-                snapshots_pb2.ViewSnapshotRequest(
-                    snapshotter=self._config.snapshotter, key=name, parent=found.chain_id
-                ),
-                lease=name,
+            request = snapshots_pb2.ViewSnapshotRequest(
+                snapshotter=self._config.snapshotter, key=name, parent=found.chain_id
             )
+            try:
+                view = await self._engine.call(methods.SNAPSHOT_VIEW, request, lease=name)
+            except EngineFailed as error:
+                if "no space left on device" in said(error):
+                    raise PoolFull(f"no room to look into the image: {said(error)}") from error
+                raise
             faults.point("cri.view.made")
             await asyncio.to_thread(_mount_view, view.mounts, folder)
             faults.point("cri.view.mounted")
