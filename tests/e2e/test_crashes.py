@@ -102,8 +102,7 @@ def test_everything_dies(roost: Roost, work: str) -> None:
     roost.kill_everything()
     roost.run("node", "start")
     roost.run("server", "start")
-    roost.wait_for(work, observed="running")
-    assert alive(roost, work)
+    wait_until(lambda: alive(roost, work), "it was started again")
 
 
 def test_the_server_dies_while_a_start_is_waited_for(roost: Roost, work: str) -> None:
@@ -114,8 +113,7 @@ def test_the_server_dies_while_a_start_is_waited_for(roost: Roost, work: str) ->
     waiting.join(60)
     assert done and done[0] in (0, 6), done
     roost.run("server", "start")
-    roost.wait_for(work, observed="running")
-    assert alive(roost, work)
+    wait_until(lambda: alive(roost, work), "the restart was completed")
 
 
 # Every step of `up` and of `rm`.  The node kills itself at the point; then all the rest is killed too.

@@ -44,7 +44,7 @@ async def nodes(request: Request, caller: Caller) -> dict[str, Any]:
 @router.get("/images")
 async def images(request: Request, caller: Caller) -> dict[str, Any]:
     """The images on the node."""
-    return {"items": await request.app.state.nodes.any().call("images", {}), "next": None}
+    return {"items": await (await request.app.state.nodes.present()).call("images", {}), "next": None}
 
 
 class PullRequest(BaseModel):
@@ -55,7 +55,8 @@ class PullRequest(BaseModel):
 async def pull(request: Request, body: PullRequest, caller: Caller) -> dict[str, Any]:
     """Fetch an image to the node; returns when it is there."""
     ref = str(parse_remote(body.ref))
-    answer: dict[str, Any] = await request.app.state.nodes.any().call("pull", {"ref": ref}, PULL_TIMEOUT_S)
+    node = await request.app.state.nodes.present()
+    answer: dict[str, Any] = await node.call("pull", {"ref": ref}, PULL_TIMEOUT_S)
     return answer
 
 

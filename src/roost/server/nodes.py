@@ -27,6 +27,8 @@ log = structlog.get_logger()
 
 CALL_TIMEOUT_S = 30.0
 DIAL_TIMEOUT_S = 10.0
+RETURN_S = 5.0
+"""A node dials again within 2 s (its longest pause) once the server is there."""
 
 
 @dataclass
@@ -91,6 +93,7 @@ class Nodes:
     def __init__(self) -> None:
         self._connections: dict[str, NodeConnection] = {}
         self._streams: dict[str, _Stream] = {}
+        self._connected = asyncio.Event()
 
     def all(self) -> list[NodeConnection]:
         return list(self._connections.values())
@@ -100,6 +103,18 @@ class Nodes:
         for connection in self._connections.values():
             return connection
         raise NodeUnreachable("no node is connected")
+
+    async def present(self) -> NodeConnection:
+        """The node for a workspace; one that is about to come back, as after a restart, is waited for.
+
+        Raises NodeUnreachable after RETURN_S.
+        """
+        try:
+            async with asyncio.timeout(RETURN_S):
+                await self._connected.wait()
+        except TimeoutError:
+            pass
+        return self.any()
 
     async def serve(
         self,
@@ -111,6 +126,7 @@ class Nodes:
         hello = json.loads(await socket.receive_text())
         connection = NodeConnection(socket, hello)
         self._connections[connection.name] = connection
+        self._connected.set()
         log.info("node connected", node=connection.name, version=hello.get("version"))
         try:
             await connected(connection)
@@ -133,11 +149,13 @@ class Nodes:
             connection.gone()
             if self._connections.get(connection.name) is connection:
                 del self._connections[connection.name]
+            if not self._connections:
+                self._connected.clear()
 
     @asynccontextmanager
     async def stream(self, kind: str, params: dict[str, Any]) -> AsyncIterator[WebSocket]:
         """Have the node dial a stream for us. Raises NodeUnreachable, NodeTimeout."""
-        node, ident = self.any(), secrets.token_urlsafe(24)
+        node, ident = await self.present(), secrets.token_urlsafe(24)
         entry = self._streams[ident] = _Stream(asyncio.get_running_loop().create_future())
         try:
             await node.send({"type": "dial", "stream": ident, "kind": kind, "params": params})
