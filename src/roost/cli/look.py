@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,7 +78,7 @@ def show(name: Name, as_json: Json = False) -> None:
             ("path", repo.path if repo else None),
             ("cpus", f"{limits['cpus']:g}" if limits.get("cpus") else None),
             ("memory", human_bytes(limits["memory_bytes"]) if limits.get("memory_bytes") else None),
-            ("disk", human_bytes(limits["disk_bytes"]) if limits.get("disk_bytes") else None),
+            ("disk", _disk(workspace.document.get("usage") or {}, limits.get("disk_bytes") or 0)),
             ("pids", str(limits["pids"]) if limits.get("pids") else None),
             ("owner", workspace.owner),
             ("created", workspace.created_at),
@@ -91,6 +91,12 @@ def show(name: Name, as_json: Json = False) -> None:
         print()
         rows = [[step.step, human_ms(step.ms), step.status, step.detail] for step in last.steps]
         table(["STEP", "TIME", "STATE", ""], [*rows, ["total", human_ms(last.total_ms), "", ""]], right=(1,))
+
+
+def _disk(usage: dict[str, Any], limit: int) -> str | None:
+    used = usage.get("home_bytes")
+    parts = [f"{human_bytes(used)} used" if used is not None else "", f"of {human_bytes(limit)}" if limit else ""]
+    return " ".join(part for part in parts if part) or None
 
 
 @app.command()

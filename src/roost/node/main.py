@@ -14,13 +14,14 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import structlog
 
 from roost import __version__, statedirs
-from roost.errors import EngineUnreachable, MissingProgram, NeedsRoot, PortInUse, RoostError
+from roost.errors import MissingProgram, NeedsRoot, PortInUse, RoostError
 from roost.linux.cgroup import Group
 from roost.linux.claim import claim
 from roost.logs import configure
@@ -79,7 +80,7 @@ class Node:
         await network.start()
         await engine.start()
         registry = await self._registry()
-        async with self._working(engine, network) as runtime:
+        async with self._working(engine, network) as (runtime, converger):
             self._spawn(self._supervise("containerd", engine))
             if registry is not None:
                 self._spawn(self._supervise("registry", registry))
@@ -89,6 +90,7 @@ class Node:
                 task.cancel()
             await asyncio.gather(*self._background, return_exceptions=True)
             if everything:
+                await converger.close()  # or a start that goes on would bring one up behind our back
                 await self._stop_containers(runtime)
         await engine.stop()
         if registry is not None:
@@ -113,7 +115,7 @@ class Node:
         return registry
 
     @asynccontextmanager
-    async def _working(self, engine: Containerd, network: Network) -> AsyncIterator[CriRuntime]:
+    async def _working(self, engine: Containerd, network: Network) -> AsyncIterator[tuple[CriRuntime, Converger]]:
         settings = self.settings
         runtime = CriRuntime(self._cri_config(engine, network))
         await runtime.check()
@@ -149,7 +151,7 @@ class Node:
         self._spawn(self._sweep(logs))
         log.info("node works", pid=os.getpid(), adopted=engine.adopted)
         try:
-            yield runtime
+            yield runtime, converger
         finally:
             await converger.close()
             await runtime.close()
@@ -225,7 +227,7 @@ class Node:
             try:
                 async for event in runtime.events():
                     converger.look(event.container)
-            except (EngineUnreachable, RoostError) as error:
+            except RoostError as error:
                 log.info("engine's events ended", error=error.message)
             await asyncio.sleep(0.2)
             try:
@@ -258,25 +260,32 @@ class Node:
 
     async def _status(self, link: ServerLink) -> None:
         while True:
-            usage = await asyncio.to_thread(self.pool.usage)
-            await link.status(
-                {
-                    "pool": {
-                        "total_bytes": usage.total_bytes,
-                        "used_bytes": usage.used_bytes,
-                        "free_bytes": usage.free_bytes,
-                        "host_free_bytes": usage.host_free_bytes,
-                        "native": usage.native,
-                        "quotas": usage.quotas,
-                    }
-                }
-            )
+            try:
+                await link.status(await asyncio.to_thread(self._seen))
+            except (RoostError, OSError) as error:
+                log.warning("the pool cannot be looked at", error=str(error))
             await asyncio.sleep(STATUS_S)
+
+    def _seen(self) -> dict[str, Any]:
+        """What the node says of itself: the pool's room and what each HOME takes."""
+        usage = asdict(self.pool.usage())
+        return {"pool": usage, "homes": {volume.name: volume.used_bytes for volume in self.pool.list()}}
 
     async def _sweep(self, logs: StartLogs) -> None:
         while True:
-            await asyncio.to_thread(logs.sweep, self.settings.workspaces.log_keep_days * 86400)
+            try:
+                await asyncio.to_thread(logs.sweep, self.settings.workspaces.log_keep_days * 86400)
+                await asyncio.to_thread(self._give_back)
+            except (RoostError, OSError) as error:
+                log.warning("sweeping failed", error=str(error))
             await asyncio.sleep(SWEEP_S)
+
+    def _give_back(self) -> None:
+        """Return room to a host that is short of it, if the pool has much to spare."""
+        usage, step = self.pool.usage(), self.settings.pool.step_bytes
+        short = usage.host_free_bytes < self.settings.pool.reserve_bytes + 2 * step
+        if not usage.native and short and usage.free_bytes > 4 * step:
+            self.pool.trim()
 
     async def _stop_containers(self, runtime: CriRuntime) -> None:
         grace = self.settings.workspaces.stop_grace_s

@@ -16,7 +16,16 @@ from roost.server.auth import Caller, Principal
 from roost.server.service import WorkspaceService
 from roost.settings import Settings
 from roost.workspaces import decide
-from roost.workspaces.model import Desired, Facts, LimitSpec, RepoSpec, WorkspaceSpec, check_name
+from roost.workspaces.model import (
+    Desired,
+    Facts,
+    LimitSpec,
+    RepoSpec,
+    WorkspaceId,
+    WorkspaceSpec,
+    check_name,
+    volume_of,
+)
 
 router = APIRouter(tags=["workspaces"])
 
@@ -185,7 +194,7 @@ def workspace_json(row: WorkspaceRow, request: Request) -> dict[str, Any]:
             "commit": facts.repo_commit,
         },
         "limits": spec.limits.model_dump(),
-        "usage": None,
+        "usage": _usage(row, request),
         "created_at": _time(row.created_at),
         "updated_at": _time(row.updated_at),
         "started_at": _time(row.started_at),
@@ -193,6 +202,16 @@ def workspace_json(row: WorkspaceRow, request: Request) -> dict[str, Any]:
         "retry_at": _time(row.retry_at),
         "last_start": row.last_start,
     }
+
+
+def _usage(row: WorkspaceRow, request: Request) -> dict[str, Any] | None:
+    """What the node last said (at most seconds ago) that HOME takes; null while it has said nothing."""
+    volume = volume_of(WorkspaceId(row.id))
+    for node in request.app.state.nodes.all():
+        used = node.status.get("homes", {}).get(volume)
+        if used is not None:
+            return {"home_bytes": used}
+    return None
 
 
 def _time(value: datetime | None) -> str | None:
