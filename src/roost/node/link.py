@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ OPEN_TIMEOUT_S = 5.0
 PING_S = 20.0
 """On the control connection only: a stream whose reader pauses cannot answer."""
 SPOOL = 10_000
-"""Reports kept while the server is away; beyond it the oldest steps go, states never."""
+"""Reports kept while the server is away; beyond it the oldest steps go, states last."""
+STEADY_S = 5.0
+"""A connection that lasted this long was a good one: the pauses between attempts begin anew."""
 MAX_MESSAGE = 4 << 20
+GOING_AWAY = 1001
+"""Close code of RFC 6455."""
 
 Call = Callable[[str, dict[str, Any]], Awaitable[Any]]
 """A method the server may call: name and parameters to a JSON-ready answer."""
@@ -54,6 +59,7 @@ class ServerLink:
         self._news = asyncio.Event()
         self._control: ClientConnection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._streams: dict[str, asyncio.Task[None]] = {}
 
     def report(self, report: Report) -> None:
         """Have a report delivered, now or when the server is back."""
@@ -78,21 +84,21 @@ class ServerLink:
         failures = 0
         try:
             while True:
+                begun = time.monotonic()
                 try:
                     async with self._dial("/internal/v1/node", pings=True) as control:
-                        failures = 0
                         await self._talk(control)
                 except (OSError, TimeoutError, WebSocketException) as error:
                     if failures == 0:
                         log.info("server is away", error=str(error))
                 finally:
                     self._control = None
+                if time.monotonic() - begun > STEADY_S:
+                    failures = 0
                 await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
                 failures += 1
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await _end(self._tasks)
 
     def _dial(self, path: str, *, pings: bool = False) -> connect:
         return unix_connect(
@@ -115,10 +121,13 @@ class ServerLink:
         sender = asyncio.create_task(self._send(control), name="reports")
         try:
             async for text in control:
-                self._heard(control, json.loads(text))
+                try:
+                    self._heard(control, json.loads(text))
+                except (ValueError, KeyError, AttributeError) as error:
+                    log.error("server says something that is no message", error=f"{type(error).__name__}: {error}")
         finally:
-            sender.cancel()
-            await asyncio.gather(sender, return_exceptions=True)
+            # A stream lives no longer than the connection it was asked for on: nobody could hang it up.
+            await _end({sender, *self._streams.values()})
 
     async def _send(self, control: ClientConnection) -> None:
         while True:
@@ -128,7 +137,7 @@ class ServerLink:
                 report = self._spool[self._sent]
                 self._sent += 1
                 await control.send(
-                    json.dumps({"type": "report", "report": report.model_dump(mode="json", exclude_unset=True)})
+                    _text({"type": "report", "report": report.model_dump(mode="json", exclude_unset=True)})
                 )
 
     def _heard(self, control: ClientConnection, message: dict[str, Any]) -> None:
@@ -142,14 +151,20 @@ class ServerLink:
             case "call":
                 self._spawn(self._answer(control, message))
             case "dial":
-                self._spawn(self._stream(message))
+                ident = message["stream"]
+                task = self._streams[ident] = self._spawn(self._stream(message))
+                task.add_done_callback(lambda _: self._streams.pop(ident, None))
+            case "hangup":
+                if (stream := self._streams.get(message["stream"])) is not None:
+                    stream.cancel()
             case other:
                 log.warning("server says something unknown", type=other)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _answer(self, control: ClientConnection, message: dict[str, Any]) -> None:
         answer: dict[str, Any] = {"type": "answer", "id": message["id"]}
@@ -161,15 +176,31 @@ class ServerLink:
             log.exception("call failed", method=message["method"])
             answer["error"] = InternalError(f"{type(error).__name__}: {error}").to_problem()
         try:
-            await control.send(json.dumps(answer))
+            await control.send(_text(answer))
         except (OSError, WebSocketException):
             return
 
     async def _stream(self, message: dict[str, Any]) -> None:
         try:
             async with self._dial(f"/internal/v1/streams/{message['stream']}") as socket:
-                await self._serve(message["kind"], message["params"], socket)
+                try:
+                    await self._serve(message["kind"], message["params"], socket)
+                except asyncio.CancelledError:
+                    await socket.close(GOING_AWAY)  # not to be taken for the end of what was streamed
+                    raise
         except (OSError, TimeoutError, WebSocketException) as error:
             log.info("stream broke", kind=message["kind"], error=str(error))
         except Exception:
             log.exception("stream failed", kind=message["kind"])
+
+
+def _text(message: dict[str, Any]) -> str:
+    """JSON in which nothing is left that a database or an answer could not encode (bytes of file names, undecoded)."""
+    return json.dumps(message, ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

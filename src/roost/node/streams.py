@@ -11,14 +11,14 @@ import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import structlog
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from roost.errors import ContainerNotFound, InvalidRequest, RoostError, WorkspaceNotRunning
+from roost.errors import ContainerNotFound, InternalError, InvalidRequest, RoostError, WorkspaceNotRunning
 from roost.runtimes.protocol import (
     TOOLS_DIR,
     Channel,
@@ -43,6 +43,22 @@ FOLLOW_S = 0.2
 class Size(BaseModel):
     columns: int = Field(ge=1, le=10_000)
     rows: int = Field(ge=1, le=10_000)
+
+
+class Eof(BaseModel):
+    type: Literal["eof"]
+
+
+class Resize(Size):
+    type: Literal["resize"]
+
+
+class Signal(BaseModel):
+    type: Literal["signal"]
+    number: int = Field(ge=1, le=64)
+
+
+_ORDER: TypeAdapter[Eof | Resize | Signal] = TypeAdapter(Annotated[Eof | Resize | Signal, Field(discriminator="type")])
 
 
 class ExecRequest(BaseModel):
@@ -73,10 +89,13 @@ class Streams:
                         await socket.send(line)
                 case _:
                     raise InvalidRequest(f"unknown stream {kind!r}")
-        except RoostError as error:
-            await socket.send(json.dumps({"type": "error", "problem": error.to_problem()}))
         except ConnectionClosed:
             return
+        except Exception as defect:
+            error = defect if isinstance(defect, RoostError) else InternalError(f"{type(defect).__name__}: {defect}")
+            if error is not defect:
+                log.exception("stream failed", kind=kind)
+            await socket.send(json.dumps({"type": "error", "problem": error.to_problem()}))
 
     # exec
 
@@ -127,28 +146,30 @@ class Streams:
             if outward.done():
                 outward.result()
                 await socket.send(json.dumps({"type": "exit", "code": await session.wait()}))
+            else:
+                inward.result()
         finally:
             for task in (inward, outward):
                 task.cancel()
             await asyncio.gather(inward, outward, return_exceptions=True)
 
     async def _inward(self, session: ExecSession, socket: ClientConnection) -> None:
-        """Returns when the caller is gone."""
+        """Returns when the caller is gone. Raises InvalidRequest."""
         async for message in socket:
             if isinstance(message, bytes):
                 await session.write(message)
                 continue
-            order = json.loads(message)
-            match order.get("type"):
-                case "eof":
+            try:
+                order = _ORDER.validate_json(message)
+            except ValidationError as error:
+                raise InvalidRequest(f"exec: {message[:80]!r} is not a frame: {error.errors()[0]['msg']}") from error
+            match order:
+                case Eof():
                     await session.close_stdin()
-                case "resize":
-                    size = Size.model_validate(order)
-                    await session.resize(TerminalSize(size.columns, size.rows))
-                case "signal":
-                    await session.signal(int(order["number"]))
-                case other:
-                    raise InvalidRequest(f"exec: unknown frame {other!r}")
+                case Resize():
+                    await session.resize(TerminalSize(order.columns, order.rows))
+                case Signal():
+                    await session.signal(order.number)
 
     async def _outward(self, session: ExecSession, socket: ClientConnection) -> None:
         async for channel, data in session.output():
@@ -158,14 +179,16 @@ class Streams:
 
     async def _log_lines(self, workspace: str, *, follow: bool = False, previous: bool = False) -> AsyncIterator[str]:
         a = self._converger.assignment(workspace)
-        sent = 0
+        path, offset = None, 0
         while True:
             busy = follow and not previous and self._converger.busy(workspace)
-            lines = await asyncio.to_thread(lambda: list(self._logs.read(workspace, previous=previous)))
-            for line in lines[sent:]:
-                entry = json.loads(line)
-                yield json.dumps({**entry, "at": _time(entry["at"])})
-            sent = max(sent, len(lines))
+            newest = await asyncio.to_thread(self._logs.path, workspace, previous=previous)
+            if newest != path:
+                path, offset = newest, 0
+            if path is not None:
+                entries, offset = await asyncio.to_thread(self._logs.read, path, offset)
+                for entry in entries:
+                    yield json.dumps({**entry, "at": _time(entry["at"])})
             if not busy:
                 break
             await asyncio.sleep(FOLLOW_S)

@@ -13,12 +13,13 @@ import itertools
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 from fastapi import WebSocket, WebSocketDisconnect
+from pydantic import ValidationError
 
 from roost.errors import NodeTimeout, NodeUnreachable, from_problem
 from roost.workspaces.model import Assignment, Report
@@ -27,12 +28,15 @@ log = structlog.get_logger()
 
 CALL_TIMEOUT_S = 30.0
 DIAL_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 10.0
+"""A node that takes in nothing for so long is stuck; it is told everything when it connects again."""
 RETURN_S = 5.0
 """A node dials again within 2 s (its longest pause) once the server is there."""
 
 
 @dataclass
 class _Stream:
+    node: NodeConnection
     dialled: asyncio.Future[WebSocket]
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -50,9 +54,12 @@ class NodeConnection:
         self._sending = asyncio.Lock()
 
     async def send(self, message: dict[str, Any]) -> None:
+        """Raises NodeUnreachable, NodeTimeout."""
         try:
-            async with self._sending:
+            async with asyncio.timeout(SEND_TIMEOUT_S), self._sending:
                 await self._socket.send_text(json.dumps(message))
+        except TimeoutError as error:
+            raise NodeTimeout(f"node {self.name} takes in nothing") from error
         except (WebSocketDisconnect, RuntimeError) as error:
             raise NodeUnreachable(f"the connection to node {self.name} broke") from error
 
@@ -93,6 +100,7 @@ class Nodes:
     def __init__(self) -> None:
         self._connections: dict[str, NodeConnection] = {}
         self._streams: dict[str, _Stream] = {}
+        self._hangups: set[asyncio.Task[None]] = set()
         self._connected = asyncio.Event()
 
     def all(self) -> list[NodeConnection]:
@@ -123,7 +131,10 @@ class Nodes:
         reported: Callable[[Report], Awaitable[None]],
     ) -> None:
         """Run one node's control connection until it ends."""
-        hello = json.loads(await socket.receive_text())
+        try:
+            hello = json.loads(await socket.receive_text())
+        except WebSocketDisconnect:
+            return
         connection = NodeConnection(socket, hello)
         self._connections[connection.name] = connection
         self._connected.set()
@@ -134,46 +145,73 @@ class Nodes:
                 message = json.loads(await socket.receive_text())
                 match message.get("type"):
                     case "report":
-                        report = Report.model_validate(message["report"])
-                        await reported(report)
-                        await connection.send({"type": "ack", "seq": report.seq})
+                        await self._take(message["report"], reported)
+                        await connection.send({"type": "ack", "seq": message["report"]["seq"]})
                     case "answer":
                         connection.answered(message)
                     case "status":
                         connection.status = message.get("status", {})
                     case other:
                         log.warning("node says something unknown", node=connection.name, type=other)
-        except (WebSocketDisconnect, NodeUnreachable):
-            log.info("node disconnected", node=connection.name)
+        except (WebSocketDisconnect, NodeUnreachable, NodeTimeout) as error:
+            log.info("node disconnected", node=connection.name, reason=str(error))
         finally:
             connection.gone()
+            for stream in self._streams.values():
+                if stream.node is connection and not stream.dialled.done():
+                    stream.dialled.set_exception(NodeUnreachable(f"the connection to node {connection.name} broke"))
             if self._connections.get(connection.name) is connection:
                 del self._connections[connection.name]
             if not self._connections:
                 self._connected.clear()
 
+    @staticmethod
+    async def _take(document: dict[str, Any], reported: Callable[[Report], Awaitable[None]]) -> None:
+        try:
+            report = Report.model_validate(document)
+        except ValidationError as error:
+            # Not taken in, yet acknowledged: it would be sent for ever, and keep back all that come after it.
+            log.error("a report cannot be read; it is dropped", error=str(error), report=document)
+            return
+        await reported(report)
+
     @asynccontextmanager
     async def stream(self, kind: str, params: dict[str, Any]) -> AsyncIterator[WebSocket]:
-        """Have the node dial a stream for us. Raises NodeUnreachable, NodeTimeout."""
-        node, ident = await self.present(), secrets.token_urlsafe(24)
-        entry = self._streams[ident] = _Stream(asyncio.get_running_loop().create_future())
+        """Have the node dial a stream for us; leaving the block ends it there. Raises NodeUnreachable, NodeTimeout."""
+        node, ident = self.any(), secrets.token_urlsafe(24)
+        entry = self._streams[ident] = _Stream(node, asyncio.get_running_loop().create_future())
         try:
             await node.send({"type": "dial", "stream": ident, "kind": kind, "params": params})
-            async with asyncio.timeout(DIAL_TIMEOUT_S):
-                socket = await entry.dialled
+            try:
+                async with asyncio.timeout(DIAL_TIMEOUT_S):
+                    socket = await entry.dialled
+            except TimeoutError as error:
+                raise NodeTimeout(
+                    f"node {node.name} did not open the {kind} stream within {DIAL_TIMEOUT_S:g} s"
+                ) from error
             yield socket
-        except TimeoutError as error:
-            raise NodeTimeout(f"node {node.name} did not open the {kind} stream within {DIAL_TIMEOUT_S:g} s") from error
         finally:
             self._streams.pop(ident, None)
             entry.over.set()
+            # Over the control connection: a node that waits for a command to take input reads nothing on the stream's.
+            # In a task of its own: whoever leaves the block may be cancelled.
+            hangup = asyncio.create_task(self._hang_up(node, ident))
+            self._hangups.add(hangup)
+            hangup.add_done_callback(self._hangups.discard)
+
+    @staticmethod
+    async def _hang_up(node: NodeConnection, ident: str) -> None:
+        with suppress(NodeUnreachable, NodeTimeout):
+            await node.send({"type": "hangup", "stream": ident})
 
     async def dialled(self, ident: str, socket: WebSocket) -> bool:
         """A node dialled a stream: hand it over and hold it until it is over. False: nobody waits for it."""
-        entry = self._streams.pop(ident, None)
+        entry = self._streams.get(ident)
         if entry is None or entry.dialled.done():
             return False
         await socket.accept()
+        if entry.dialled.done():  # nobody waits any more
+            return True
         entry.dialled.set_result(socket)
         await entry.over.wait()
         return True

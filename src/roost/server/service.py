@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 
 from roost.db.tables import WorkspaceRow
-from roost.errors import NodeUnreachable, Superseded, WaitTimeout, WorkspaceNotFound
+from roost.errors import NodeTimeout, NodeUnreachable, Superseded, WaitTimeout, WorkspaceNotFound
 from roost.server.bus import Bus, News
 from roost.server.nodes import NodeConnection, Nodes
 from roost.server.uploads import Uploads
@@ -20,6 +20,7 @@ from roost.workspaces.store import Change, WorkspaceStore, assignment, event_jso
 log = structlog.get_logger()
 
 PURGE_EVERY_S = 600.0
+AFTER_FAILURE_S = 1.0
 
 
 class WorkspaceService:
@@ -47,7 +48,7 @@ class WorkspaceService:
     async def settled(self, name: str, generation: int, timeout_s: float) -> WorkspaceRow:
         """Wait until what was wanted at `generation` has come about, or failed.
 
-        Raises Superseded when something else is wanted meanwhile, TimedOut, WorkspaceNotFound.
+        Raises Superseded when something else is wanted meanwhile, WaitTimeout, WorkspaceNotFound.
         """
         row = await self.store.latest(name)
         desired = row.desired
@@ -62,6 +63,8 @@ class WorkspaceService:
                             return row
                         while (item := await news.get()) is not None and item.workspace != row.id:
                             pass
+                        if item is None:  # we are told no more; callers ask again as after any other timeout
+                            raise WaitTimeout(f"{name!r} is {row.observed}, and the server stops or lost count")
             except TimeoutError as error:
                 raise WaitTimeout(f"{name!r} is {row.observed} after {timeout_s:g} s") from error
 
@@ -89,18 +92,23 @@ class WorkspaceService:
 
     async def run(self) -> None:
         """Start again what is due, destroy what lay in the trash long enough; runs until cancelled."""
-        last_purge = 0.0
+        purged_at: float | None = None
         loop = asyncio.get_running_loop()
         while True:
             self._due.clear()
-            for change in await self.store.retry_due():
-                await self._tell(change)
-            if loop.time() - last_purge > PURGE_EVERY_S or last_purge == 0.0:
-                last_purge = loop.time()
-                for change in await self.store.purge_due(self.trash):
+            try:
+                for change in await self.store.retry_due():
                     await self._tell(change)
-                await asyncio.to_thread(self.uploads.sweep)
-            await self._sleep(await self.store.next_retry())
+                if purged_at is None or loop.time() - purged_at > PURGE_EVERY_S:
+                    purged_at = loop.time()
+                    for change in await self.store.purge_due(self.trash):
+                        await self._tell(change)
+                    await asyncio.to_thread(self.uploads.sweep)
+                await self._sleep(await self.store.next_retry())
+            except Exception:
+                # Without this task nothing is ever started again: a database that is locked or full passes.
+                log.exception("workspace timers failed; they go on")
+                await asyncio.sleep(AFTER_FAILURE_S)
 
     async def _sleep(self, until: datetime | None) -> None:
         delay = PURGE_EVERY_S if until is None else max(0.0, (until - utc_now()).total_seconds())
@@ -111,12 +119,15 @@ class WorkspaceService:
             return
 
     async def _tell(self, change: Change) -> WorkspaceRow:
-        """After a change of what is wanted: the node first, then the listeners."""
+        """After a change of what is wanted: tell the listeners and the node.
+
+        The listeners first, with nothing awaited since the change: they take events in the order of their ids.
+        """
+        self._publish(change)
         try:
             await self.nodes.any().assign(assignment(change.row))
-        except NodeUnreachable:
-            log.warning("no node is connected; told when it is", workspace=change.row.id)
-        self._publish(change)
+        except (NodeUnreachable, NodeTimeout):
+            log.warning("no node takes it; told when one connects", workspace=change.row.id)
         return change.row
 
     def _publish(self, change: Change) -> None:

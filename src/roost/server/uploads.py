@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +71,10 @@ class Uploads:
         """Drop what nobody used, and parts of a server that was killed."""
         limit = time.time() - KEEP_S
         for path in self._directory.iterdir():
-            if path.stat().st_mtime < limit:
-                log.info("dropping an old upload", upload=path.name)
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # placed meanwhile
+                if path.stat().st_mtime < limit:
+                    log.info("dropping an old upload", upload=path.name)
+                    path.unlink()
 
 
 def _sync(descriptor: int) -> None:

@@ -1,8 +1,16 @@
 """The node's side of a workspace: makes what is wanted so, and says what it saw.
 
-One task a workspace.  A newer assignment cancels what the task is doing and begins anew with it; nothing is ever busy.
-An assignment that is met already costs one question to the engine.  The engine's events wake the task of the container
-they name, and every `relist_s` all are looked at, so a lost event delays and does not hide.
+A newer assignment cancels what goes on for a workspace and begins anew; nothing is ever busy.  An assignment that is
+met already costs one question to the engine.  The events of the engine wake the workspace of the container they name,
+and every `relist_s` all are looked at, so a lost event delays and does not hide.
+
+The invariants
+- One task at a time works on a workspace: whoever works holds its lock, so what was cancelled has cleaned up before the
+  next begins, however many assignments come meanwhile.
+- What happens to a container while somebody works on it is looked at afterwards (`stirred`).
+- The end of a container that was said to run is reported once.  When it is started again is the server's to say, under
+  another start number: a start that failed, or whose container ended, is not begun anew under the same one.
+- What this node found out is newer than what the server has heard, so facts are kept here over assignments.
 """
 
 from __future__ import annotations
@@ -27,9 +35,15 @@ log = structlog.get_logger()
 @dataclass
 class _Workspace:
     assignment: Assignment
+    lock: asyncio.Lock
+    """Held by whoever works on the workspace; handed on to the entry of the next assignment."""
     task: asyncio.Task[None] | None = None
-    met: bool = False
+    over: bool = False
     """The assignment was met, or failed: nothing to do until something changes."""
+    up: bool = False
+    """It was said to run, and its end was not seen yet."""
+    stirred: bool = False
+    """Something happened to the container that was not looked at yet."""
 
 
 class Converger:
@@ -44,6 +58,7 @@ class Converger:
         self._report = report
         self._grace = stop_grace_s
         self._workspaces: dict[str, _Workspace] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def assignment(self, workspace: str) -> Assignment | None:
         """What is wanted of a workspace now."""
@@ -53,29 +68,33 @@ class Converger:
     def busy(self, workspace: str) -> bool:
         """Whether the newest assignment is still being worked on."""
         found = self._workspaces.get(workspace)
-        return found is not None and not found.met
+        return found is not None and not found.over
 
     def assign(self, new: Assignment) -> None:
         """Take an assignment; an older one, or the one that is being worked on, changes nothing."""
         known = self._workspaces.get(new.workspace)
+        lock = asyncio.Lock()
         if known is not None:
             old = known.assignment
             if (new.generation, new.start) < (old.generation, old.start):
                 return
-            same = (new.generation, new.start, new.desired) == (old.generation, old.start, old.desired)
-            if same and known.task is not None and not known.task.done():
-                return
-        previous = known.task if known else None
-        entry = _Workspace(new)
-        self._workspaces[new.workspace] = entry
-        entry.task = asyncio.create_task(self._run(entry, previous), name=f"workspace-{new.workspace}")
+            if (new.generation, new.start, new.desired) == (old.generation, old.start, old.desired):
+                ended = new.desired is Desired.running and not known.up
+                if not known.over or ended:
+                    return
+            new, lock = new.model_copy(update={"facts": old.facts}), known.lock
+            if known.task is not None:
+                known.task.cancel()
+        entry = self._workspaces[new.workspace] = _Workspace(new, lock)
+        self._work_on(entry)
 
     def look(self, container: ContainerId) -> None:
         """Something happened to a container: see whether what is wanted still holds."""
         for entry in self._workspaces.values():
-            if entry.assignment.container == container and entry.met:
-                entry.met = False
-                entry.task = asyncio.create_task(self._check(entry), name=f"look-{entry.assignment.workspace}")
+            if entry.assignment.container == container:
+                entry.stirred = True
+                if entry.task is None or entry.task.done():
+                    self._work_on(entry)
 
     async def relist(self) -> list[ContainerStatus]:
         """Compare all containers with what is wanted; returns those that nobody wants (reported, never touched)."""
@@ -84,7 +103,7 @@ class Converger:
         for entry in self._workspaces.values():
             a = entry.assignment
             running = a.container in statuses and statuses[a.container].state is ContainerState.running
-            if entry.met and (a.desired is Desired.running) != running:
+            if entry.over and (a.desired is Desired.running) != running:
                 self.look(a.container)
         return [status for name, status in statuses.items() if name not in known]
 
@@ -95,15 +114,24 @@ class Converger:
 
     async def close(self) -> None:
         """Stop working; workspaces go on as they are."""
-        tasks = [entry.task for entry in self._workspaces.values() if entry.task is not None]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _run(self, entry: _Workspace, previous: asyncio.Task[None] | None) -> None:
-        if previous is not None:
-            previous.cancel()
-            await asyncio.wait([previous])
+    def _work_on(self, entry: _Workspace) -> None:
+        task = entry.task = asyncio.create_task(self._work(entry), name=f"workspace-{entry.assignment.workspace}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _work(self, entry: _Workspace) -> None:
+        async with entry.lock:
+            if not entry.over:
+                await self._run(entry)
+            while entry.stirred:
+                entry.stirred = False
+                await self._check(entry)
+
+    async def _run(self, entry: _Workspace) -> None:
         a = entry.assignment
         try:
             match a.desired:
@@ -120,33 +148,36 @@ class Converger:
         except Exception as error:
             log.exception("converging failed", workspace=a.workspace, desired=a.desired.value)
             self._fail(a, InternalError(f"{type(error).__name__}: {error}"))
-        entry.met = True
+        finally:
+            entry.over = True
 
-    def _fail(self, a: Assignment, error: RoostError, *, steps: tuple[StepReport, ...] = ()) -> None:
+    def _fail(
+        self, a: Assignment, error: RoostError, *, steps: tuple[StepReport, ...] = (), total_ms: float | None = None
+    ) -> None:
         log.warning("workspace failed", workspace=a.workspace, code=error.code, error=error.message)
-        self._say(a, Observed.error, reason=error.message, error=error, steps=steps)
+        self._say(a, Observed.error, reason=error.message, error=error, steps=steps, total_ms=total_ms)
 
     async def _running(self, entry: _Workspace) -> None:
         a = entry.assignment
-        if a.facts.ever_ready and await self._is_up(a):
+        if _complete(a) and await self._is_up(a):
+            entry.up = True
             self._say(a, Observed.running, reason="already running")
             return
         begun = time.monotonic()
         self._say(a, Observed.starting if a.facts.ever_ready else Observed.creating)
         start_log = self._logs.open(a.workspace, a.start)
-        start = Start(a, self._tools, start_log, self._report)
+        start = Start(a, self._tools, start_log, self._tell)
         try:
             await start.run()
         except RoostError as error:
             start_log.write(f"failed: {error.message} ({error.code})\nnext: {error.hint}")
-            raise
+            self._fail(a, error, steps=tuple(start.steps), total_ms=_ms_since(begun))
+            return
         finally:
             start_log.close()
-        total_ms = round((time.monotonic() - begun) * 1000, 3)
+        entry.up = True
         facts = Facts.model_validate(start.found)
-        known = {**a.facts.model_dump(), **facts.model_dump(exclude_unset=True)}
-        entry.assignment = a.model_copy(update={"facts": Facts.model_validate(known)})
-        self._say(a, Observed.running, facts=facts, steps=tuple(start.steps), total_ms=total_ms)
+        self._say(a, Observed.running, facts=facts, steps=tuple(start.steps), total_ms=_ms_since(begun))
 
     async def _is_up(self, a: Assignment) -> bool:
         status = await self._runtime.status(a.container)
@@ -164,7 +195,7 @@ class Converger:
             await self._runtime.restore_volume(a.volume)
         elif a.volume not in volumes and a.facts.seeded_digest is not None:
             raise VolumeNotFound(f"HOME of {a.spec.name!r} is not on this node")
-        self._say(a, Observed.stopped, total_ms=round((time.monotonic() - begun) * 1000, 3))
+        self._say(a, Observed.stopped, total_ms=_ms_since(begun))
 
     async def _down(self, a: Assignment) -> None:
         if await self._runtime.status(a.container) is None:
@@ -190,18 +221,24 @@ class Converger:
         self._say(a, Observed.deleted, reason="destroyed")
 
     async def _check(self, entry: _Workspace) -> None:
-        """A met assignment, looked at again."""
+        """Look whether what was reached still holds."""
         a = entry.assignment
+        if a.desired is Desired.running and not entry.up:
+            return
         try:
             status = await self._runtime.status(a.container)
-            up = status is not None and status.state is ContainerState.running
-            if a.desired is not Desired.running and up:
-                await self._run(entry, None)  # somebody else started it: what is wanted holds
-            elif a.desired is Desired.running and not up:
-                self._crashed(a, status)
         except RoostError as error:
             log.warning("container cannot be looked at", workspace=a.workspace, error=error.message)
-        entry.met = True
+            return
+        except Exception:
+            log.exception("container cannot be looked at", workspace=a.workspace)
+            return
+        running = status is not None and status.state is ContainerState.running
+        if a.desired is not Desired.running and running:
+            await self._run(entry)  # somebody else started it: what is wanted holds
+        elif a.desired is Desired.running and not running:
+            entry.up = False
+            self._crashed(a, status)
 
     def _crashed(self, a: Assignment, status: ContainerStatus | None) -> None:
         if status is None:
@@ -224,7 +261,7 @@ class Converger:
         total_ms: float | None = None,
         crashed: bool = False,
     ) -> None:
-        self._report(
+        self._tell(
             Report(
                 workspace=a.workspace,
                 generation=a.generation,
@@ -238,3 +275,21 @@ class Converger:
                 crashed=crashed,
             )
         )
+
+    def _tell(self, report: Report) -> None:
+        """Report, and keep the facts in it for what is assigned next."""
+        entry = self._workspaces.get(report.workspace)
+        if entry is not None and report.facts is not None:
+            known = {**entry.assignment.facts.model_dump(), **report.facts.model_dump(exclude_unset=True)}
+            entry.assignment = entry.assignment.model_copy(update={"facts": Facts.model_validate(known)})
+        self._report(report)
+
+
+def _complete(a: Assignment) -> bool:
+    """Nothing of a start is left to do, if its container runs."""
+    placed = a.spec.repo is None or a.facts.repo_path is not None
+    return a.facts.ever_ready and a.facts.user is not None and a.facts.seeded_digest is not None and placed
+
+
+def _ms_since(begun: float) -> float:
+    return round((time.monotonic() - begun) * 1000, 3)

@@ -15,8 +15,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import structlog
+
 from roost import faults
-from roost.errors import InternalError, RoostError, SeedFailed, from_problem
+from roost.errors import EngineFailed, InternalError, RoostError, SeedFailed, from_problem
 from roost.runtimes.protocol import (
     LABEL_LAYOUT,
     LABEL_OWNER,
@@ -34,6 +36,8 @@ from roost.runtimes.protocol import (
 )
 from roost.workspaces.model import Assignment, Facts, Report, StepReport, UserFact
 from roost.workspaces.startlog import StartLog
+
+log = structlog.get_logger()
 
 MEMORY_SHARE = 0.75
 """Of the node's memory, when no limit was given."""
@@ -117,12 +121,17 @@ class Start:
         send(say("running"))
         try:
             yield step
-        except RoostError as error:
+        except Exception as defect:
+            error = defect if isinstance(defect, RoostError) else InternalError(f"{type(defect).__name__}: {defect}")
+            if error is not defect:
+                log.exception("a step failed by our fault", workspace=a.workspace, step=name)
             step.detail = error.message
             self.log.write(f"{name}: failed: {error.message}")
             self.steps.append(say("failed"))
             send(self.steps[-1])
-            raise
+            if error is defect:
+                raise
+            raise error from defect
         done = say("skipped" if step.skipped else "done")
         self.log.write(f"{name}: {done.status} in {done.ms:.0f} ms {done.detail}".rstrip())
         self.steps.append(done)
@@ -138,7 +147,6 @@ class Start:
             self.log.write(f"pulling {ref}")
             image = await self.tools.runtime.pull(ref, await self.tools.auth(ref))
             step.detail = f"pulled, {image.size_bytes / 1e6:.1f} MB"
-        self.found["image_digest"] = str(image.digest)
         return image
 
     async def _user(self, image: ImageInfo, step: Step) -> UserFact:
@@ -147,14 +155,22 @@ class Start:
             step.skipped, step.detail = True, facts.user.name
             return facts.user
         user = await resolve_user(self.tools.runtime, image, self.assignment.spec.user)
-        self.found["user"] = user
+        self.found |= {"image_digest": str(image.digest), "user": user}  # one is told with the other, or not at all
         step.detail = f"{user.name} ({user.uid}:{user.gid}), HOME {user.home}"
         return user
 
     async def _volume(self, step: Step) -> None:
-        a = self.assignment
-        self.fresh = await self.tools.runtime.create_volume(a.volume, a.spec.limits.disk_bytes, self._lasting_labels())
-        step.detail = "made" if self.fresh else ""
+        a, runtime = self.assignment, self.tools.runtime
+        try:
+            self.fresh = await runtime.create_volume(a.volume, a.spec.limits.disk_bytes, self._lasting_labels())
+            step.detail = "made" if self.fresh else ""
+        except EngineFailed:
+            if all(volume.name != a.volume or volume.trashed_at is None for volume in await runtime.volumes()):
+                raise
+            # A start that overtook the stop of an undelete, or the retry of one: HOME is still in the trash.
+            await runtime.restore_volume(a.volume)
+            await runtime.create_volume(a.volume, a.spec.limits.disk_bytes, self._lasting_labels())
+            step.detail = "back from the trash"
         if self.fresh:  # whatever an earlier volume of that name held is not in this one
             self.found |= {"seeded_digest": None, "repo_path": None, "repo_commit": None}
 
@@ -256,11 +272,13 @@ async def _run_json(runtime: Runtime, tool: Tool, image: ImageInfo, a: Assignmen
     result = await runtime.run_tool(tool, image, a.volume if a else None)
     try:
         outcome = json.loads(result.stdout)
+        if not isinstance(outcome, dict):
+            raise ValueError("not an object")
     except ValueError as error:
         tail = result.stderr.decode(errors="replace")[-2000:]
         raise SeedFailed(f"{tool.module} {tool.args[0]} ended with {result.exit_code}: {tail}") from error
     if "error" in outcome:
         raise from_problem(outcome["error"])
-    if result.exit_code != 0 or not isinstance(outcome, dict):
+    if result.exit_code != 0:
         raise InternalError(f"{tool.module} {tool.args[0]} ended with {result.exit_code} and named no error")
     return outcome

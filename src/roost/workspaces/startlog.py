@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import structlog
 
@@ -29,11 +29,13 @@ class StartLog:
             self._file.flush()
         except OSError as error:
             log.warning("start log cannot be written", error=str(error))
-            self._file = None
+            self.close()
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
 
 
 class StartLogs:
@@ -53,25 +55,45 @@ class StartLogs:
 
     def path(self, workspace: str, *, previous: bool = False) -> Path | None:
         """The newest log of a workspace, or the one before it."""
-        found = sorted((self._directory / workspace).glob("*.jsonl"), key=lambda path: int(path.stem))
+        found = _by_start(self._directory / workspace)
         wanted = 2 if previous else 1
         return found[-wanted] if len(found) >= wanted else None
 
-    def read(self, workspace: str, *, previous: bool = False) -> Iterator[str]:
-        """The lines as they were written (JSON)."""
-        path = self.path(workspace, previous=previous)
-        if path is not None:
-            with path.open(encoding="utf-8") as file:
-                yield from (line.rstrip("\n") for line in file)
+    def read(self, path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+        """The entries from an offset on, and where to go on. A line that is not whole yet is left for the next time.
+
+        Lines torn by a crash or a full disk are left out; a log that is gone is empty.
+        """
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read()
+        except FileNotFoundError:
+            return [], offset
+        whole = data[: data.rfind(b"\n") + 1]
+        entries = [entry for line in whole.splitlines() if (entry := _entry(line)) is not None]
+        return entries, offset + len(whole)
 
     def sweep(self, keep_s: float) -> None:
-        """Drop logs older than that, but the newest two of each workspace; empty folders go."""
+        """Drop logs older than that, but the newest two of each workspace."""
         limit = time.time() - keep_s
         for folder in self._directory.glob("*"):
-            logs = sorted(folder.glob("*.jsonl"), key=lambda path: int(path.stem))
-            for path in logs[:-2]:
-                if path.stat().st_mtime < limit:
-                    path.unlink(missing_ok=True)
+            for path in _by_start(folder)[:-2]:
+                with suppress(FileNotFoundError):  # its workspace is destroyed meanwhile
+                    if path.stat().st_mtime < limit:
+                        path.unlink()
 
     def forget(self, workspace: str) -> None:
         shutil.rmtree(self._directory / workspace, ignore_errors=True)
+
+
+def _by_start(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("*.jsonl") if path.stem.isdecimal()), key=lambda path: int(path.stem))
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and {"at", "channel", "text"} <= entry.keys() else None

@@ -170,7 +170,11 @@ class WorkspaceStore:
         async with self._db.reading() as session:
             due = await session.scalars(select(WorkspaceRow.id).where(WorkspaceRow.retry_at <= utc_now()))
             ids = list(due)
-        return [await self._change(found, decide.retry) for found in ids]
+
+        def again(row: WorkspaceRow, now: datetime) -> list[EventRow]:
+            return decide.retry(row, now) if row.retry_at is not None and row.retry_at <= now else []
+
+        return [await self._change(found, again) for found in ids]
 
     async def purge_due(self, trash: timedelta) -> list[Change]:
         """Want the HOMEs destroyed that lay in the trash for the whole period."""
@@ -181,7 +185,13 @@ class WorkspaceStore:
                 )
             )
             ids = list(due)
-        return [await self._change(found, lambda row, now: decide.request(row, Desired.purged, now)) for found in ids]
+
+        def destroy(row: WorkspaceRow, now: datetime) -> list[EventRow]:
+            # Looked at again within the transaction: it may have been undeleted since.
+            due = row.desired == Desired.deleted and row.deleted_at is not None and row.deleted_at <= now - trash
+            return decide.request(row, Desired.purged, now) if due else []
+
+        return [await self._change(found, destroy) for found in ids]
 
     async def next_retry(self) -> datetime | None:
         """When the next retry is due."""
