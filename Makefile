@@ -29,4 +29,4 @@ bench: ## measure the claims of speed; a ratio against a peer each; root
 	@scripts/bench $(ARGS)
 
 clean: ## stop and remove what demo and tests made; packages, environment and downloads stay; root
-	@scripts/clean
+	@if command -v python3 >/dev/null; then scripts/clean; else echo 'clean: nothing to remove (without python3 nothing ran)'; fi
