@@ -209,6 +209,30 @@ def test_a_pool_that_is_full(fresh: Roost, repository: Path, tmp_path: Path) -> 
     assert fresh.exec("second", "cat ~/my-repo/README.md") == "hello, changed\n"
 
 
+def test_a_host_disk_that_is_full(fresh: Roost, repository: Path, tmp_path: Path) -> None:
+    from tests.e2e.conftest import start_with_image
+
+    # A disk of its own for the state, and a pool that already has what the three writers will take.
+    fresh.state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400m,mode=0755", "roost-test", str(fresh.state)], check=True)
+    fresh.env |= {"ROOST_POOL__RESERVE_BYTES": str(64 << 20), "ROOST_POOL__INITIAL_BYTES": str(700 << 20)}
+    start_with_image(fresh, tmp_path)
+    fresh.run("up", str(repository), "--name", "work")
+    fresh.exec("work", "echo kept > ~/kept; sync")
+    filler = fresh.state / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb") as file:
+        while True:
+            file.write(b"x" * (1 << 20))
+    assert fresh.exec("work", "echo more > ~/more; sync; cat ~/kept ~/more") == "kept\nmore\n"
+    assert up(fresh, repository, "--name", "second") == (5, "host.disk_full")
+    assert fresh.error("restart", "work")[0] == 5
+    filler.unlink()
+    fresh.run("restart", "work")
+    assert fresh.exec("work", "cat ~/kept ~/more") == "kept\nmore\n"
+    fresh.run("up", str(repository), "--name", "second")
+    assert fresh.exec("second", "cat ~/my-repo/README.md") == "hello, changed\n"
+
+
 def test_a_kernel_feature_that_is_missing(fresh: Roost) -> None:
     # A host without the programs that make the pool stands for one without btrfs: both are found missing at the start.
     empty = fresh.state.with_name(fresh.state.name + "-bin")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from roost.errors import InvalidConfig
+from roost.errors import HostDiskFull, InvalidConfig
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -75,9 +75,14 @@ class Database:
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncSession]:
-        """A session whose reads and writes are one transaction: committed at the end, or not at all."""
-        async with self._writing, self._sessions() as session, session.begin():
-            yield session
+        """A session whose reads and writes are one transaction, committed at the end or not at all. Raises HostDiskFull."""
+        try:
+            async with self._writing, self._sessions() as session, session.begin():
+                yield session
+        except OperationalError as error:
+            if "disk is full" in str(error.orig) or "disk I/O error" in str(error.orig):
+                raise HostDiskFull(f"the database cannot be written: {error.orig}") from error
+            raise
 
     async def close(self) -> None:
         await self.engine.dispose()
