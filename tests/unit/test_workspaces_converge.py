@@ -22,8 +22,8 @@ from roost.workspaces.model import (
     Desired,
     Facts,
     Observed,
-    RepoSpec,
     Report,
+    RepoSpec,
     UserFact,
     WorkspaceId,
     WorkspaceSpec,
@@ -121,7 +121,7 @@ class Node:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - the condition is anything
                 await asyncio.sleep(0.001)
 
     async def called(self, method: str, times: int = 1) -> None:

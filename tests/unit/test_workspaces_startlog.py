@@ -68,7 +68,7 @@ def test_a_line_torn_by_a_crash_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_loses_lines_and_not_the_start() -> None:
-    log = StartLog(Path("/dev/full").open("a", encoding="utf-8"))
+    log = StartLog(Path("/dev/full").open("a", encoding="utf-8"))  # noqa: SIM115 - it is the log's to close
     log.write("x" * 100)
     log.write("y")
     log.close()

@@ -130,6 +130,15 @@ class ServerLink:
             await _end({sender, *self._streams.values()})
 
     async def _send(self, control: ClientConnection) -> None:
+        try:
+            await self._send_reports(control)
+        except (OSError, WebSocketException):
+            return  # the reader of this connection sees it end, too
+        except Exception:
+            log.exception("reports cannot be sent")
+            await control.close()
+
+    async def _send_reports(self, control: ClientConnection) -> None:
         while True:
             await self._news.wait()
             self._news.clear()
