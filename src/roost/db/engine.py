@@ -75,7 +75,7 @@ class Database:
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncSession]:
-        """A session whose reads and writes are one transaction, committed at the end or not at all. Raises HostDiskFull."""
+        """A session whose reads and writes are one transaction, whole or not at all. Raises HostDiskFull."""
         try:
             async with self._writing, self._sessions() as session, session.begin():
                 yield session
