@@ -190,6 +190,7 @@ class ServerLink:
             return
 
     async def _stream(self, message: dict[str, Any]) -> None:
+        socket: ClientConnection | None = None
         try:
             async with self._dial(f"/internal/v1/streams/{message['stream']}") as socket:
                 try:
@@ -201,6 +202,9 @@ class ServerLink:
             log.info("stream broke", kind=message["kind"], error=str(error))
         except Exception:
             log.exception("stream failed", kind=message["kind"])
+        finally:
+            if socket is not None:
+                socket.transport.abort()  # hung up amid the goodbyes, it would stay open
 
 
 def _text(message: dict[str, Any]) -> str:

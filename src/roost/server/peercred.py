@@ -36,3 +36,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.client = peer_of(cast(asyncio.BaseTransport, transport)) or self.client
+
+    def shutdown(self) -> None:
+        if self.transport.is_closing():
+            # The peer said goodbye and does not take our rest. uvicorn 0.54 would send a second close frame: an error
+            # that ends its whole shutdown half-way, with the database open.
+            self.transport.abort()
+        else:
+            super().shutdown()
