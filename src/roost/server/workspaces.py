@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from roost.db.tables import WorkspaceRow
 from roost.errors import InvalidRepository
 from roost.oci.references import parse_remote
-from roost.repos.urls import allowed_protocols, check_protocol, directory_name, parse_url
+from roost.repos.urls import allowed_protocols, check_protocol, check_workspace_name, directory_name, parse_url
 from roost.server.auth import Caller, Principal
 from roost.server.service import WorkspaceService
 from roost.settings import Settings
@@ -23,7 +23,6 @@ from roost.workspaces.model import (
     RepoSpec,
     WorkspaceId,
     WorkspaceSpec,
-    check_name,
     volume_of,
 )
 
@@ -121,7 +120,7 @@ async def settled(
 
 
 def _spec(body: CreateRequest, settings: Settings, caller: Principal) -> WorkspaceSpec:
-    check_name(body.name)
+    check_workspace_name(body.name)
     wanted = settings.workspaces
     image = body.image or wanted.default_image or f"127.0.0.1:{settings.registry.port}/default:latest"
     image = str(parse_remote(image))

@@ -6,30 +6,17 @@ validated there once.  Unknown fields are ignored: a newer peer may say more.
 
 from __future__ import annotations
 
-import re
 import time
 from enum import StrEnum
 from typing import Any, Literal, NewType
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from roost.errors import InvalidName
 from roost.runtimes.protocol import ContainerId, ContainerUser, Limits, VolumeName
 
 WorkspaceId = NewType("WorkspaceId", str)
 
-NAME_RULE = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
-RESERVED_NAMES = frozenset({"ls", "show", "cancel", "rm"})
 DEFAULT_TENANT = "default"
-
-
-def check_name(name: str) -> str:
-    """Return the name if it follows the rule of the interface. Raises InvalidName."""
-    if not NAME_RULE.fullmatch(name) or "--" in name:
-        raise InvalidName(f"{name!r} is not a workspace name")
-    if name in RESERVED_NAMES:
-        raise InvalidName(f"{name!r} is a word of the command line", next_step="Choose another name with --name.")
-    return name
 
 
 class Desired(StrEnum):

@@ -14,6 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from roost.db.engine import Database
 from roost.db.tables import EventRow, WorkspaceRow
 from roost.errors import WorkspaceExists, WorkspaceNotFound
+from roost.repos.urls import check_workspace_name
 from roost.workspaces import decide
 from roost.workspaces.model import (
     DEFAULT_TENANT,
@@ -24,7 +25,6 @@ from roost.workspaces.model import (
     Report,
     WorkspaceId,
     WorkspaceSpec,
-    check_name,
 )
 
 
@@ -49,7 +49,7 @@ class WorkspaceStore:
 
     async def create(self, spec: WorkspaceSpec) -> Change:
         """Record a new workspace that is wanted running. Raises WorkspaceExists, InvalidName."""
-        check_name(spec.name)
+        check_workspace_name(spec.name)
         now = utc_now()
         row = WorkspaceRow(
             id=secrets.token_hex(6),
