@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,8 @@ async def test_killed_at_any_moment(cri: CriSubject, cri_engine: TestEngine) -> 
         process = await child(cri, cri_engine, "up", number)
         assert await line(process) == "begins"
         await asyncio.sleep(delay_ms / 1000)
-        process.kill()
+        with suppress(ProcessLookupError):  # on a quick machine it may be through by then
+            process.kill()
         await process.communicate()
         await works(cri, number)
         await cri.runtime.delete(cri.container)

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = ROOT / "scripts/setup"
-COPIED = ["src", "scripts", "pyproject.toml", "requirements.lock", "LICENSE"]
+COPIED = ["src", "scripts", "pyproject.toml", "requirements.lock", "LICENSE", "README.md"]
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

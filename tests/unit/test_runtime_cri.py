@@ -134,6 +134,7 @@ def test_a_container(tmp_path: Path) -> None:
     assert made.command[0].endswith("/tini") and not made.args
     assert [(m.host_path, m.container_path, m.readonly) for m in made.mounts] == [
         ("/tools", "/opt/roost", True),
+        (str(tmp_path / "run/hosts/roost-a"), "/etc/hosts", False),
         ("/pool/a", "/home/dev", False),
     ]
     limits, security = made.linux.resources, made.linux.security_context
