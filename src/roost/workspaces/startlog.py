@@ -88,7 +88,11 @@ class StartLogs:
 
 
 def _by_start(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("*.jsonl") if path.stem.isdecimal()), key=lambda path: int(path.stem))
+    try:
+        found = [path for path in folder.glob("*.jsonl") if path.stem.isdecimal()]
+    except FileNotFoundError:  # its workspace is destroyed meanwhile
+        return []
+    return sorted(found, key=lambda path: int(path.stem))
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
