@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from roost.errors import RepoCorrupt
 from roost.repos import outcome
-from roost.repos.clone import command_timeout, proxy_for
+from roost.repos.clone import command_timeout
 from roost.repos.git import HARDENING, Git, parse_progress, proxies
+from roost.repos.towards import proxy_for
 from roost.repos.unbundle import config_text, read_meta
 from roost.repos.urls import parse_url
 

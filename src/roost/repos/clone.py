@@ -16,52 +16,40 @@ pids are not remembered), then removes what is half-made.
 Root never writes below `.making-…/tree`: the git user parsed hostile bytes there and could have laid links.  It only
 renames, removes and reads it without following links.
 
-Where a connection goes is decided here, once (net.egress): git gets the checked address and never resolves the name
-itself.  Behind a proxy the proxy resolves, so only addresses written in the URL are checked, and the policy on names
-is the proxy's.  A redirect is looked at by us: to the same host it is followed once, to another never.
+Where a connection goes, and what git gets for it, is told in roost.repos.towards.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import re
 import secrets
 import shutil
 import signal
-import socket
-import ssl
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
-from urllib.parse import unquote
 
 import structlog
 
 from roost import faults
 from roost.errors import (
-    AddressNotAllowed,
     BadRef,
     CloneFailed,
     InternalError,
     InvalidConfig,
-    InvalidRepository,
-    RepoAuth,
-    RepoNotFound,
-    RepoUnreachable,
     RoostError,
 )
-from roost.net import egress
-from roost.repos import ssh, unbundle
+from roost.repos import unbundle
 from roost.repos.askpass import Askpass, can_reach
-from roost.repos.git import Git, OnProgress, User, proxies
+from roost.repos.git import Git, OnProgress, User
 from roost.repos.tar import stream_tar
-from roost.repos.urls import RepoUrl, allowed_protocols, check_protocol, parse_url
+from roost.repos.towards import Towards
+from roost.repos.urls import RepoUrl, allowed_protocols, check_protocol
 
 __all__ = ["CloneRequest", "CloneResult", "clone", "discard", "stream_tar", "sweep"]
 
@@ -70,9 +58,6 @@ log = structlog.get_logger()
 _MAKING: Final = ".making-"
 _DONE: Final = "clone-"
 _BRANCH = re.compile(r"(?![-/.])(?!.*(?:\.\.|@\{|//|\.lock$|[/.]$))[^\x00-\x20\x7f~^:?*\[\\]{1,255}")
-_REDIRECT = re.compile(r"requested URL returned error: 30[12378]|unable to update url base from redirection")
-_LOCATION = re.compile(r"Recv header:? +location: *(\S+)", re.IGNORECASE)
-_SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
 
 
 class RepoLimits(Protocol):
@@ -220,14 +205,18 @@ class _Making:
         self._request = request
         self._work = work
         self._tree = work / "tree"
-        self._staging = staging
         self._git = git
         self._settings = settings
-        self._net = net
-        self._agent_socket = agent_socket
         self._on_progress = on_progress
-        self._address = ""
-        self._hosts_before = b""
+        self._towards = Towards(
+            work,
+            git,
+            allow=net.allow,
+            trusted=request.trusted,
+            ca_file=settings.ca_file,
+            known_hosts=request.known_hosts or staging / "known_hosts",
+            agent_socket=agent_socket,
+        )
 
     async def from_bundle(self) -> tuple[str | None, str | None, tuple[str, ...]]:
         request = self._request
@@ -250,7 +239,7 @@ class _Making:
         try:
             await self._clone(url)
         except RoostError as error:
-            moved = await self._redirection(url, error)
+            moved = await self._towards.redirection(url, error)
             if moved is None:
                 raise
             check_protocol(moved, allowed)
@@ -277,7 +266,8 @@ class _Making:
         return notes
 
     async def _clone(self, url: RepoUrl) -> None:
-        git = await self._towards(url)
+        way = await self._towards.way(url)
+        git = way.git
         arguments = ["clone", "--progress", "--template=", "--origin=origin", "--no-recurse-submodules", "--no-local"]
         if self._request.branch is not None:
             arguments.append(f"--branch={self._request.branch}")
@@ -290,177 +280,20 @@ class _Making:
                 await git.run(
                     *arguments,
                     "--",
-                    replace(url, host=self._address).url if url.scheme == "git" else url.url,
+                    way.url,
                     self._tree.name,
                     cwd=self._work,
                     what=f"cloning {url.url}",
                     on_progress=self._on_progress,
                 )
         finally:
-            if url.scheme == "ssh":
-                await asyncio.to_thread(self._keep_hosts)
-
-    async def _towards(self, url: RepoUrl) -> Git:
-        """git with what it needs to reach this URL, and nothing but this URL's protocol."""
-        git = replace(self._git, protocols=(url.scheme,), secrets=_secrets(url))
-        if url.scheme == "file":
-            return replace(git, env={"GIT_CONFIG_GLOBAL": str(self._trusting(_readable_source(url, git.user)))})
-        if url.scheme in ("http", "https"):
-            return await self._towards_http(url, git)
-        endpoint = await self._endpoint(url)
-        if url.scheme == "git":
-            # No option pins an address here: `_clone` puts it in the name's place, and the name is sent as the host.
-            self._address = endpoint.addresses[0]
-            return replace(git, env={"GIT_OVERRIDE_VIRTUAL_HOST": f"{url.host}:{url.effective_port}"})
-        ssh.check_user(git.user)
-        copy = self._work / "known_hosts"
-        copy.unlink(missing_ok=True)
-        self._hosts_before = ssh.copy_known_hosts(self._known_hosts, copy, git.user)
-        command = ssh.command(
-            url,
-            endpoint.addresses[0],
-            program=shutil.which("ssh", path="/usr/bin:/bin:/usr/local/bin"),
-            known_hosts=copy,
-            agent_socket=self._agent_socket,
-        )
-        return replace(git, env={"GIT_SSH_COMMAND": command})
-
-    def _trusting(self, source: Path) -> Path:
-        """A configuration file that lets git read a repository of another owner.
-
-        It must be a file: git takes configuration given by environment away from the upload-pack it starts there.
-        """
-        text = str(source).replace("\\", "\\\\").replace('"', '\\"')
-        lines = "".join(f'\tdirectory = "{text}{suffix}"\n' for suffix in ("", "/.git"))
-        return self._fresh_file("gitconfig", f"[safe]\n{lines}".encode())
-
-    def _fresh_file(self, name: str, content: bytes) -> Path:
-        """A file in the work directory that the git user can read and did not make."""
-        target = self._work / name
-        target.unlink(missing_ok=True)
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-        return target
-
-    async def _towards_http(self, url: RepoUrl, git: Git) -> Git:
-        config: list[tuple[str, str]] = []
-        proxy = proxy_for(url)
-        if proxy is None:
-            endpoint = await self._endpoint(url)
-            config += [("http.curloptResolve", endpoint.curl_resolve), ("http.proxy", "")]
-        else:
-            self._check_literal(url)
-            config.append(("http.proxy", proxy))
-        if url.scheme == "https" and (bundle := await asyncio.to_thread(self._ca_bundle)) is not None:
-            config.append(("http.sslCAInfo", str(bundle)))
-        # Our own reading of NO_PROXY decided; curl must not read it differently.
-        return replace(git, config=tuple(config), env={"no_proxy": "*" if proxy is None else ""})
-
-    async def _endpoint(self, url: RepoUrl) -> egress.Endpoint:
-        port = url.effective_port
-        try:
-            found = await egress.resolve(url.host, port, allow=self._net.allow, trusted=self._request.trusted)
-            return await egress.first_reachable(found)
-        except TimeoutError as error:
-            raise RepoUnreachable(f"{url.host} did not answer on port {port} in time") from error
-        except (socket.gaierror, UnicodeError) as error:
-            raise RepoUnreachable(f"{url.host} has no address: {error}") from error
-        except OSError as error:
-            raise RepoUnreachable(f"{url.host} cannot be reached on port {port}: {error.strerror or error}") from error
-
-    def _check_literal(self, url: RepoUrl) -> None:
-        if self._request.trusted:
-            return
-        with contextlib.suppress(ValueError):
-            ipaddress.ip_address(url.host)
-            egress.check(url.host, url.host, self._net.allow)
-        if (url.host == "localhost" or url.host.endswith(".localhost")) and url.host not in self._net.allow:
-            raise AddressNotAllowed(f"{url.host} is this host itself")
-
-    def _ca_bundle(self) -> Path | None:
-        """The CAs git shall trust, as one file it can read; None: git's own default."""
-        base = os.environ.get("GIT_SSL_CAINFO") or os.environ.get("SSL_CERT_FILE")
-        extra = self._settings.ca_file
-        if not base and not extra:
-            return None
-        base = base or ssl.get_default_verify_paths().cafile or _SYSTEM_CA
-        content = b""
-        for name in (base, extra):
-            try:
-                content += (Path(name).read_bytes() + b"\n") if name else b""
-            except OSError as error:
-                if name == extra:
-                    raise InvalidConfig(f"[repos] ca_file: {name}: {error.strerror}") from error
-        return self._fresh_file("ca.pem", content)
-
-    @property
-    def _known_hosts(self) -> Path:
-        return self._request.known_hosts or self._staging / "known_hosts"
-
-    def _keep_hosts(self) -> None:
-        copy = self._work / "known_hosts"
-        if copy.exists():
-            ssh.keep_new_hosts(copy, self._hosts_before, self._known_hosts)
-
-    async def _redirection(self, url: RepoUrl, error: RoostError) -> RepoUrl | None:
-        """Where the server sent us, if it did and it is the same host; AddressNotAllowed if it is another."""
-        if url.scheme not in ("http", "https") or not _REDIRECT.search(str(error.details.get("stderr", ""))):
-            return None
-        git = await self._towards(url)
-        trace = {"GIT_TRACE_CURL": "1", "GIT_TRACE_CURL_NO_DATA": "1", "GIT_TRACE_REDACT": "1"}
-        probe = await git.run("ls-remote", "--", url.url, "HEAD", cwd=self._work, check=False, env=trace)
-        location = _LOCATION.search(probe.stderr)
-        target = location[1] if location else ""
-        if target.startswith("/"):
-            target = f"{url.scheme}://{url.host}{f':{url.port}' if url.port else ''}{target}"
-        target = re.sub(r"/info/refs(?:\?.*)?$", "", target)
-        try:
-            moved = parse_url(target)
-        except InvalidRepository:
-            raise RepoNotFound(f"{url.url} redirects to something that is not a repository") from error
-        upgraded = (url.scheme, moved.scheme) == ("http", "https") and not url.port and not moved.port
-        same = (moved.scheme, moved.effective_port) == (url.scheme, url.effective_port) or upgraded
-        if moved.host != url.host or not same:
-            raise AddressNotAllowed(
-                f"{url.url} redirects to {moved.url}; redirects to other hosts are not followed",
-                next_step="Use that URL, if you trust it.",
-            ) from error
-        return replace(moved, credential=url.credential)
+            await self._towards.keep_new_hosts(way)
 
     async def _fresh_tree(self) -> None:
         await asyncio.to_thread(shutil.rmtree, self._tree, ignore_errors=True)
 
     async def _output(self, git: Git, *args: str) -> str | None:
         return (await git.run(*args, cwd=self._tree, check=False)).text or None
-
-
-def proxy_for(url: RepoUrl, environ: Mapping[str, str] | None = None) -> str | None:
-    """The proxy that an http(s) URL goes through, from the usual variables; None: directly."""
-    found = proxies(os.environ if environ is None else environ)
-    proxy = found.get(f"{url.scheme}_proxy") or found.get("all_proxy")
-    if proxy is None:
-        return None
-    host = f"{url.host}:{url.port}" if url.port else url.host
-    bypass = urllib.request.proxy_bypass_environment(host, {"no": found.get("no_proxy", "")})  # type: ignore[attr-defined]
-    return None if bypass else proxy
-
-
-def _secrets(url: RepoUrl) -> tuple[str, ...]:
-    return (url.credential.username, url.credential.password) if url.credential else ()
-
-
-def _readable_source(url: RepoUrl, user: User | None) -> Path:
-    path = Path(unquote(url.path))
-    if not path.exists():
-        raise RepoNotFound(f"{path} does not exist")
-    if not can_reach(path, user, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-        raise RepoAuth(
-            f"{path} cannot be read by the user that git runs as",
-            next_step=f"Give the path itself ({path}): then it is read as you and sent.",
-        )
-    return path
 
 
 def _make_work(staging: Path, user: User | None) -> Path:
