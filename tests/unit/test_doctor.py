@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from roost.node import doctor
+from roost.node.doctor import programs
 from roost.settings import RegistrySettings, ServerSettings, Settings
 
 NAMED_BY_THE_ISSUE = {
@@ -72,7 +73,7 @@ def test_it_leaves_no_descriptor_and_no_real_time_class(settings):
 
 def test_a_missing_program_is_named_with_its_package(settings, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr(doctor, "_SEARCH", "/nonexistent")
+    monkeypatch.setattr(programs, "_SEARCH", "/nonexistent")
     found = by_name(settings)
     assert found["containerd"].status == "lack" and "make setup" in found["containerd"].remedy
     assert found["nft"].status == "lack" and "nftables" in found["nft"].remedy
