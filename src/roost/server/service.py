@@ -33,6 +33,8 @@ class WorkspaceService:
         self.uploads = uploads
         self.trash = trash
         self._due = asyncio.Event()
+        self.at_work: dict[str, dict[str, Any]] = {}
+        """The running step of each workspace, as an event that is not kept: for those who begin to watch."""
 
     async def create(self, spec: WorkspaceSpec) -> WorkspaceRow:
         if spec.repo is not None and spec.repo.upload is not None:
@@ -80,8 +82,10 @@ class WorkspaceService:
         except WorkspaceNotFound:
             log.warning("report about a workspace that is not known", workspace=report.workspace)
             return
-        if report.step is not None and report.step.status == "running":
-            self._announce_step(change.row, report)
+        if report.step is not None:
+            self.at_work.pop(change.row.id, None)
+            if report.step.status == "running":
+                self._announce_step(change.row, report)
         facts = Facts.model_validate(change.row.facts)
         spec = WorkspaceSpec.model_validate(change.row.spec)
         if spec.repo is not None and spec.repo.upload is not None and facts.repo_path is not None:
@@ -144,4 +148,5 @@ class WorkspaceService:
             "id": None, "workspace": row.id, "name": row.name, "at": when, "kind": "step", "start": report.start,
             "from": None, "to": None, "step": step.step, "status": step.status, "ms": None, "detail": "", "error": None,
         }  # fmt: skip
+        self.at_work[row.id] = event
         self.bus.publish(News(row.id, event))

@@ -43,6 +43,8 @@ async def _events(service: WorkspaceService, workspace: str | None, after: int, 
             for row, name in page:
                 after = row.id
                 yield _frame(event_json(row, name))
+        if follow and (step := service.at_work.get(workspace or "")) is not None:
+            yield _frame(step)
         while follow:
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
