@@ -152,3 +152,17 @@ def test_steps_are_kept_in_order_and_the_last_word_counts() -> None:
     assert w.last_start is not None
     assert [(s["step"], s["status"]) for s in w.last_start["steps"]] == [("image", "done"), ("seed", "failed")]
     assert [(e.step, e.status) for e in events] == [("seed", "failed")]
+
+
+def test_what_is_told_twice_counts_once() -> None:
+    w = row(facts={"ever_ready": True}, observed="running", started_at=NOW)
+    crash = report(Observed.error, error=ContainerCrashed("x"), crashed=True)
+    decide.apply(w, crash, NOW)
+    assert decide.apply(w, crash, NOW) == []
+    assert w.failures == 1
+
+
+def test_running_said_again_is_not_started_again() -> None:
+    w = row(observed="running", started_at=NOW)
+    decide.apply(w, report(Observed.running), NOW + timedelta(seconds=9))
+    assert w.started_at == NOW

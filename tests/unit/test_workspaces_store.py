@@ -128,3 +128,16 @@ async def test_events_are_in_order_and_can_be_read_on(store: WorkspaceStore) -> 
 async def test_a_report_about_nothing_we_know(store: WorkspaceStore) -> None:
     with pytest.raises(WorkspaceNotFound):
         await store.apply(seen("nothing", Observed.running, 1))
+
+
+async def test_a_node_is_told_what_to_keep_up_and_not_what_failed_or_lies_in_the_trash(store: WorkspaceStore) -> None:
+    for name, observed in (("runs", Observed.running), ("failed", Observed.error), ("new", None), ("gone", None)):
+        ident = (await store.create(spec(name))).row.id
+        if observed is not None:
+            await store.apply(seen(ident, observed, 1))
+        if name == "gone":
+            await store.request(name, Desired.deleted)
+            await store.apply(seen(ident, Observed.deleted, 2))
+    assert {wanted.spec.name for wanted in await store.assignments()} == {"runs", "new"}
+    await store.request("failed", Desired.running)
+    assert "failed" in {wanted.spec.name for wanted in await store.assignments()}

@@ -14,7 +14,7 @@ from roost.server.bus import Bus, News
 from roost.server.nodes import NodeConnection, Nodes
 from roost.server.uploads import Uploads
 from roost.workspaces import decide
-from roost.workspaces.model import Desired, Facts, Report, WorkspaceSpec
+from roost.workspaces.model import Desired, Facts, Observed, Report, WorkspaceSpec
 from roost.workspaces.store import Change, WorkspaceStore, assignment, event_json, utc_now
 
 log = structlog.get_logger()
@@ -33,8 +33,6 @@ class WorkspaceService:
         self.uploads = uploads
         self.trash = trash
         self._due = asyncio.Event()
-        self.at_work: dict[str, dict[str, Any]] = {}
-        """The running step of each workspace, as an event that is not kept: for those who begin to watch."""
 
     async def create(self, spec: WorkspaceSpec) -> WorkspaceRow:
         if spec.repo is not None and spec.repo.upload is not None:
@@ -82,12 +80,11 @@ class WorkspaceService:
         except WorkspaceNotFound:
             log.warning("report about a workspace that is not known", workspace=report.workspace)
             return
-        if report.step is not None:
-            self.at_work.pop(change.row.id, None)
-            if report.step.status == "running":
-                self._announce_step(change.row, report)
-        facts = Facts.model_validate(change.row.facts)
-        spec = WorkspaceSpec.model_validate(change.row.spec)
+        row, step = change.row, report.step
+        newest = (report.generation, report.start) == (row.generation, row.start)
+        if step is not None and step.status == "running" and newest:
+            self.bus.publish(News(row.id, _step_event(row, step.step, step.at)))
+        facts, spec = Facts.model_validate(row.facts), WorkspaceSpec.model_validate(row.spec)
         if spec.repo is not None and spec.repo.upload is not None and facts.repo_path is not None:
             self.uploads.drop(spec.repo.upload)
         self._publish(change)
@@ -140,13 +137,20 @@ class WorkspaceService:
         if not change.events:
             self.bus.publish(News(change.row.id, {}))
 
-    def _announce_step(self, row: WorkspaceRow, report: Report) -> None:
-        step = report.step
-        assert step is not None
-        when = datetime.fromtimestamp(step.at, tz=row.created_at.tzinfo).isoformat()
-        event: dict[str, Any] = {
-            "id": None, "workspace": row.id, "name": row.name, "at": when, "kind": "step", "start": report.start,
-            "from": None, "to": None, "step": step.step, "status": step.status, "ms": None, "detail": "", "error": None,
-        }  # fmt: skip
-        self.at_work[row.id] = event
-        self.bus.publish(News(row.id, event))
+    async def step_at_work(self, workspace: str) -> dict[str, Any] | None:
+        """The step a start is at, as an event, for those who begin to watch in the middle of it."""
+        row = await self.store.by_id(workspace)
+        last = row.last_start or {}
+        if row.observed not in (Observed.creating, Observed.starting) or last.get("start") != row.start:
+            return None
+        running = [step["step"] for step in last["steps"] if step["status"] == "running"]
+        return _step_event(row, running[-1], row.updated_at.timestamp()) if running else None
+
+
+def _step_event(row: WorkspaceRow, step: str, at: float) -> dict[str, Any]:
+    """A step that begins: told, and not kept (its end is)."""
+    when = datetime.fromtimestamp(at, tz=row.created_at.tzinfo).isoformat()
+    return {
+        "id": None, "workspace": row.id, "name": row.name, "at": when, "kind": "step", "start": row.start,
+        "from": None, "to": None, "step": step, "status": "running", "ms": None, "detail": "", "error": None,
+    }  # fmt: skip

@@ -43,7 +43,7 @@ async def _events(service: WorkspaceService, workspace: str | None, after: int, 
             for row, name in page:
                 after = row.id
                 yield _frame(event_json(row, name))
-        if follow and (step := service.at_work.get(workspace or "")) is not None:
+        if follow and workspace is not None and (step := await service.step_at_work(workspace)) is not None:
             yield _frame(step)
         while follow:
             try:

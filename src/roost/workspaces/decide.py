@@ -81,6 +81,8 @@ def apply(row: WorkspaceRow, report: Report, now: datetime) -> list[EventRow]:
         events.append(_note(row, now, report.note))
     if report.observed is None:
         return events
+    if report.observed is Observed.error and row.observed == Observed.error and row.retry_at is not None:
+        return events  # told twice: it counts once
     if report.observed in FINAL:
         row.observed_generation = report.generation
     row.error = report.error
@@ -92,7 +94,9 @@ def apply(row: WorkspaceRow, report: Report, now: datetime) -> list[EventRow]:
             "steps": [_step_json(step) for step in report.steps],
         }
     if report.observed is Observed.running:
-        row.started_at, row.retry_at = now, None
+        if row.observed != Observed.running or row.started_at is None:  # else it is said again, as after a reconnect
+            row.started_at = now
+        row.retry_at = None
     if report.observed is Observed.stopped:
         row.started_at = None
     if report.observed is Observed.error:

@@ -210,8 +210,8 @@ class WorkspaceStore:
             rows = await session.scalars(
                 select(WorkspaceRow).where(WorkspaceRow.purged_at.is_(None), WorkspaceRow.retry_at.is_(None))
             )
-            # Of what lies in the trash there is nothing to do, and nothing to look at.
-            return [assignment(row) for row in rows if row.live_name is not None or not decide.settled(row)]
+            # Of what lies in the trash there is nothing to do, and nothing to look at; what failed waits for its user.
+            return [assignment(row) for row in rows if not decide.settled(row) or _held(row)]
 
     async def events(self, workspace: str | None, after: int, limit: int = 1000) -> Sequence[tuple[EventRow, str]]:
         """Events after an id, oldest first, each with its workspace's name."""
@@ -236,6 +236,11 @@ class WorkspaceStore:
             session.add_all(events)
             await session.flush()
         return Change(row, events)
+
+
+def _held(row: WorkspaceRow) -> bool:
+    """A state that a node is to keep up, now that it is reached."""
+    return row.live_name is not None and row.observed != Observed.error
 
 
 def assignment(row: WorkspaceRow) -> Assignment:
