@@ -160,7 +160,8 @@ async def test_an_unreadable_report_is_dropped_and_acknowledged(tmp_path: Path) 
         unix_connect(str(served.settings.api_socket), "ws://localhost/internal/v1/node") as control,
     ):
         await control.send(json.dumps(HELLO))
-        for seq, report in enumerate(({"generation": "x"}, {"workspace": "unknown", "generation": 1, "start": 1})):
+        reports: list[dict[str, Any]] = [{"generation": "x"}, {"workspace": "unknown", "generation": 1, "start": 1}]
+        for seq, report in enumerate(reports):
             await control.send(json.dumps({"type": "report", "report": {"seq": seq, **report}}))
             async with asyncio.timeout(5):
                 assert json.loads(await control.recv()) == {"type": "ack", "seq": seq}
@@ -184,8 +185,8 @@ class PlayedServer:
             return
         self.connections += 1
         await connection.recv()
-        for text in self.say:
-            await connection.send(text)
+        for said in self.say:
+            await connection.send(said)
         async for text in connection:
             message = json.loads(text)
             if message["type"] != "report":

@@ -5,8 +5,10 @@ What would change the host (packages, policy-rc.d, os-release) is tried in a mou
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -144,6 +146,16 @@ def test_without_root_it_says_so(folder):
     assert done.returncode == 5 and "sudo make setup" in done.stderr
 
 
+def test_the_demo_says_what_it_needs_before_it_begins(folder):
+    checkout = copy_to(folder / "checkout")
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    demo = checkout / "scripts/demo"
+    done = subprocess.run([*as_nobody, demo], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5 and "sudo make demo" in done.stderr
+    done = subprocess.run([demo, "exec", "demo"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 6 and "`make demo` first" in done.stderr
+
+
 def test_a_private_python_on_path_is_passed_over(folder):
     private = folder / "private"
     private.mkdir(mode=0o700)
@@ -251,11 +263,28 @@ def test_clean_takes_all_of_a_crashed_test_and_nothing_else(folder):
             (where / "cgroup.procs").write_text(str(process.pid))
         return process
 
+    # What CNI and a killed shim leave in directories that all containerds share: told apart by what they point at.
+    cached = Path("/var/lib/cni/results")
+    cached.mkdir(parents=True, exist_ok=True)
+    theirs, mine = cached / f"cni-loopback-{name}x-lo", cached / f"cni-loopback-{name}-lo"
+    for entry, owner in ((theirs, "/run/roost"), (mine, str(run))):
+        sandbox = {"name": "lo", "sandbox": f"{owner}/node/netns/cni-1"}
+        entry.write_text(json.dumps({"networkName": "cni-loopback", "result": {"interfaces": [sandbox]}}))
+    shared = Path("/run/containerd/s")
+    shared.mkdir(parents=True, exist_ok=True)
+    sockets = [shared / f"{name}-mine", shared / f"{name}-theirs"]
+    for path in sockets:
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+
     real = group / "roost" / name  # a workspace of a real roost that happens to have the test's name
     try:
         (state / "pool").mkdir(parents=True)
         (state / "bound").mkdir()
         run.mkdir()
+        bundle = run / "node/containerd/io.containerd.runtime.v2.task/k8s.io/abc"
+        bundle.mkdir(parents=True)
+        (bundle / "address").write_text(f"unix://{sockets[0]}")
         image = state / "pool.img"
         with image.open("wb") as empty:
             empty.truncate(128 << 20)
@@ -285,6 +314,8 @@ def test_clean_takes_all_of_a_crashed_test_and_nothing_else(folder):
         assert str(image) not in subprocess.run(["losetup", "-l"], capture_output=True, text=True).stdout
         assert name not in subprocess.run(["nft", "list", "tables"], capture_output=True, text=True).stdout
         assert not Path("/sys/class/net", name).exists()
+        assert theirs.exists() and not mine.exists()
+        assert sockets[1].exists() and not sockets[0].exists()
 
         again = subprocess.run([ROOT / "scripts/clean", "--only", name], capture_output=True, text=True, timeout=60)
         assert again.returncode == 0 and "nothing to remove" in again.stdout
@@ -293,6 +324,8 @@ def test_clean_takes_all_of_a_crashed_test_and_nothing_else(folder):
             process.kill()
             process.wait()
         subprocess.run([ROOT / "scripts/clean", "--only", name], capture_output=True)
+        for path in (theirs, mine, *sockets):
+            path.unlink(missing_ok=True)
         if real.exists():
             deadline = time.monotonic() + 5
             while (real / "cgroup.procs").read_text() and time.monotonic() < deadline:

@@ -137,6 +137,10 @@ class Node:
     def states(self) -> list[Observed]:
         return [report.observed for report in self.reports if report.observed is not None]
 
+    def seen(self) -> Observed | None:
+        """The newest observed state that was told."""
+        return self.last.observed
+
     @property
     def last(self) -> Report:
         return next(report for report in reversed(self.reports) if report.observed is not None)
@@ -207,7 +211,7 @@ async def test_the_same_twice_and_older_ones_change_nothing(node: Node) -> None:
     node.converger.assign(a)
     node.converger.assign(a.model_copy(update={"start": 5}))  # of an older generation all the same
     await node.idle()
-    assert node.last.observed is Observed.stopped
+    assert node.seen() is Observed.stopped
     assert await node.state() is None
 
 
@@ -217,7 +221,7 @@ async def test_an_assignment_that_is_met_costs_one_question(node: Node) -> None:
     node.converger.assign(a)
     await node.idle()
     assert node.runtime.calls == [("status", BOX)]
-    assert node.last.observed is Observed.running
+    assert node.seen() is Observed.running
     assert await node.state() == "running 1"
 
 
@@ -282,7 +286,7 @@ async def test_an_error_of_each_step_is_told_with_the_steps(node: Node, step: st
             error = node.repositories.failure = CloneFailed("git says no")
     node.assign(Desired.running)
     await node.idle()
-    assert node.last.observed is Observed.error
+    assert node.seen() is Observed.error
     assert node.last.error is not None and node.last.error["code"] == error.code  # type: ignore[attr-defined]
     assert [item.step for item in node.last.steps] == STEPS[: STEPS.index(step) + 1]
     assert node.last.steps[-1].status == "failed"
@@ -399,7 +403,7 @@ async def test_a_look_that_fails_is_no_end(node: Node) -> None:
         node.runtime.fail_next("status", error)
         node.converger.look(BOX)
         await node.idle()
-        assert node.last.observed is Observed.running
+        assert node.seen() is Observed.running
         assert not node.converger.busy(WORKSPACE)
     node.runtime.crash(BOX)
     node.converger.look(BOX)
@@ -412,7 +416,7 @@ async def test_the_engine_away_and_back(node: Node) -> None:
     node.runtime.engine_down = True
     node.converger.again()
     await node.idle()
-    assert node.last.observed is Observed.running
+    assert node.seen() is Observed.running
     with pytest.raises(EngineUnreachable):
         await node.converger.relist()
     node.assign(Desired.stopped)
@@ -421,7 +425,7 @@ async def test_the_engine_away_and_back(node: Node) -> None:
     node.runtime.engine_down = False
     node.converger.again()  # it was to be stopped, and runs
     await node.idle()
-    assert node.last.observed is Observed.stopped
+    assert node.seen() is Observed.stopped
     assert await node.state() is None
 
 
@@ -430,10 +434,10 @@ async def test_a_stop_that_failed_is_done_again_under_the_same_number(node: Node
     node.runtime.fail_next("trash_volume", EngineFailed("not now"))
     a = node.assign(Desired.deleted)
     await node.idle()
-    assert node.last.observed is Observed.error
+    assert node.seen() is Observed.error
     node.converger.assign(a)
     await node.idle()
-    assert node.last.observed is Observed.deleted
+    assert node.seen() is Observed.deleted
 
 
 async def test_what_somebody_else_started_is_stopped_again(node: Node) -> None:
@@ -482,7 +486,7 @@ async def test_a_lost_volume_is_filled_even_if_the_next_start_cuts_the_first_off
     await node.until(lambda: node.runtime.calls[-1][0] == "run_tool")
     node.assign(Desired.running, facts=facts)
     await node.idle()
-    assert node.last.observed is Observed.running
+    assert node.seen() is Observed.running
     assert (node.seeded, node.repositories.placed) == ([HOME, HOME], [1, 3])
 
 
@@ -498,7 +502,7 @@ async def test_a_node_that_begins_in_the_middle_finishes_the_start(node: Node) -
     second.assign(a.model_copy(update={"facts": Facts(ever_ready=True)}))
     node.converger = second
     await node.idle()
-    assert node.last.observed is Observed.running
+    assert node.seen() is Observed.running
     assert node.repositories.placed == [1]
     assert node.count("start") == 1, "its container was left alone"
 
@@ -509,7 +513,7 @@ async def test_a_user_is_resolved_anew_when_the_image_changed(node: Node) -> Non
     node.runtime.fail_next("run_tool", EngineFailed("no"))
     node.assign(Desired.running)
     await node.idle()
-    assert node.last.observed is Observed.error
+    assert node.seen() is Observed.error
     node.runtime.calls.clear()
     await node.up()
     assert dict(node.steps(3))["user"] == "done", "the old user belongs to the old image"
@@ -521,10 +525,10 @@ async def test_undelete_restores_and_purge_destroys(node: Node) -> None:
     kept.write_text("of a day")
     node.assign(Desired.deleted)
     await node.idle()
-    assert node.last.observed is Observed.deleted
+    assert node.seen() is Observed.deleted
     node.assign(Desired.stopped)
     await node.idle()
-    assert node.last.observed is Observed.stopped
+    assert node.seen() is Observed.stopped
     await node.up()
     assert kept.read_text() == "of a day"
     assert len(node.seeded) == 1
@@ -535,7 +539,7 @@ async def test_undelete_restores_and_purge_destroys(node: Node) -> None:
     assert node.logs.path(WORKSPACE) is None
     node.converger.assign(node.wanted(Desired.purged, generation=node.generation))
     await node.idle()
-    assert node.last.observed is Observed.deleted
+    assert node.seen() is Observed.deleted
 
 
 async def test_a_start_that_overtakes_the_stop_of_an_undelete_brings_home_back(node: Node) -> None:
