@@ -178,7 +178,7 @@ class Nodes:
     @asynccontextmanager
     async def stream(self, kind: str, params: dict[str, Any]) -> AsyncIterator[WebSocket]:
         """Have the node dial a stream for us; leaving the block ends it there. Raises NodeUnreachable, NodeTimeout."""
-        node, ident = self.any(), secrets.token_urlsafe(24)
+        node, ident = await self.present(), secrets.token_urlsafe(24)
         entry = self._streams[ident] = _Stream(node, asyncio.get_running_loop().create_future())
         try:
             await node.send({"type": "dial", "stream": ident, "kind": kind, "params": params})
