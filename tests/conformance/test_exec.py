@@ -97,9 +97,10 @@ async def test_backpressure(up: Subject) -> None:
     size, err = 0, b""
     async for channel, data in output:
         if channel is Channel.stdout:
-            assert err == b"", "stderr was written before stdout was taken"
             size += len(data)
         else:
+            # The pipes on the way hold a few MiB; the two channels have no order between them beyond that.
+            assert size >= 56 * MIB, "stderr was written before stdout was taken"
             err += data
     assert (size, err, await session.wait()) == (64 * MIB, b"done\n", 0)
     await session.close()
