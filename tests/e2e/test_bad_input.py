@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import threading
@@ -233,8 +234,24 @@ def test_a_host_disk_that_is_full(fresh: Roost, repository: Path, tmp_path: Path
     assert fresh.exec("second", "cat ~/my-repo/README.md") == "hello, changed\n"
 
 
-def test_a_kernel_feature_that_is_missing(fresh: Roost) -> None:
-    # A host without the programs that make the pool stands for one without btrfs: both are found missing at the start.
+def test_a_kernel_without_btrfs(fresh: Roost, tmp_path: Path) -> None:
+    # In a mount namespace of its own the node sees a kernel that knows every file system but this one.
+    known = tmp_path / "filesystems"
+    lines = Path("/proc/filesystems").read_text().splitlines(keepends=True)
+    known.write_text("".join(line for line in lines if "btrfs" not in line))
+    script = f'mount --bind {known} /proc/filesystems && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *fresh.command("node", "--json")],
+        env=fresh.env, capture_output=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 6, done.stderr
+    assert json.loads(done.stdout)["error"]["code"] == "host.missing_feature"
+    assert b"btrfs" in done.stderr
+    assert not (fresh.state / "node" / "pool.img").exists()
+    assert fresh.pid_of("containerd") is None
+
+
+def test_a_program_that_is_missing(fresh: Roost) -> None:
     empty = fresh.state.with_name(fresh.state.name + "-bin")
     empty.mkdir()
     try:

@@ -96,6 +96,7 @@ class PoolImage:
         """Make, adopt or mount. Raises HostDiskFull, MissingFeature, MissingProgram, PoolBroken."""
         entry = mount.mount_at(self.target)
         if entry is None:
+            require_btrfs()  # before gigabytes are taken for what cannot be mounted
             if not self.file.exists():
                 self._make()
             self._new.unlink(missing_ok=True)
@@ -148,7 +149,6 @@ class PoolImage:
         log.info("pool.made", file=str(self.file), size_bytes=size)
 
     def _mount(self) -> None:
-        require_btrfs()
         if not self.file.is_file() or self.file.is_symlink():
             raise PoolBroken(f"{self.file} is not a file")
         self.target.mkdir(mode=0o700, exist_ok=True)
